@@ -1,0 +1,59 @@
+"""Writing so that nothing is ever half-written: beside the target first, then one rename."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
+    """Call ``write(temporary_path)``, flush it to disk and rename it to `path`.
+
+    Raises:
+        OSError: with the path named, when the disk is full or unwritable; an older file at `path` is untouched
+            and the temporary one is removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        # torch and safetensors report a full disk as RuntimeError or their own class, so go by the free space too.
+        if isinstance(error, Exception) and (isinstance(error, OSError) or _free_bytes(path) < 1 << 20):
+            raise OSError(
+                f"could not write {path}: {error} ({_free_bytes(path) / 2**20:.0f} MiB free there). What was at that "
+                "path before is unchanged; free some space and run the same command again."
+            ) from error
+        raise
+    return path
+
+
+def _free_bytes(path: Path) -> int:
+    usage = os.statvfs(path.parent)
+    return usage.f_bavail * usage.f_frsize
+
+
+def write_text(path: str | Path, text: str) -> Path:
+    return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: str | Path, data: Any) -> Path:
+    """Readable JSON (2 spaces), refusing NaN so that every reader can parse it."""
+    return write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Parsed JSON; FileNotFoundError, or ValueError that names the file when it is truncated or not JSON."""
+    path = Path(path)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable JSON ({error}); it may be truncated. Make it again.") from error

@@ -1,0 +1,160 @@
+"""Explicit Runge-Kutta solvers over global time: Euler, midpoint, Heun, and Dormand-Prince 5(4) with one step size
+per image.
+
+A velocity is called as ``velocity(tau [b], z [b, C, H, W], rows)``; `rows` are the images of the batch that z holds,
+or None for all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+MAX_ATTEMPTS = 10_000
+"""Steps an adaptive solver may try on one piece before it gives up."""
+
+
+@dataclass(frozen=True)
+class RungeKutta:
+    """A fixed-step explicit method by its Butcher tableau: nodes c, coefficients a (row i for stage i), weights b."""
+
+    c: tuple[float, ...]
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+
+    def integrate(self, velocity: Velocity, z: Tensor, start: float, end: float, steps: int) -> tuple[Tensor, int]:
+        """z at `end` after `steps` equal steps, and the number of evaluations per image."""
+        taus = torch.linspace(start, end, steps + 1, dtype=torch.float64).tolist()
+        for tau, following in pairwise(taus):
+            h = following - tau
+            k: list[Tensor] = []
+            for c, a in zip(self.c, self.a, strict=True):
+                at = torch.full((len(z),), min(tau + c * h, end), dtype=_time_dtype(z), device=z.device)
+                k.append(velocity(at, _advance(z, h, a, k), None))
+            z = _advance(z, h, self.b, k)
+            _require_finite(z, following)
+        return z, steps * len(self.c)
+
+
+class Dopri5:
+    """Dormand-Prince 5(4) (1980) with local extrapolation; every image takes its own steps.
+
+    Error per image: root mean square of e / (atol + rtol max(|z|, |z_new|)) over its components, kept below 1. An
+    evaluation carries over from one step to the next (first same as last), so accepted and rejected steps cost six
+    evaluations each, and the start of a piece one (the first start two, to find a step size).
+    """
+
+    c = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
+    a = (
+        (),
+        (1 / 5,),
+        (3 / 40, 9 / 40),
+        (44 / 45, -56 / 15, 32 / 9),
+        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+        (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+    )
+    # fifth minus fourth order weights
+    e = (71 / 57600, 0.0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
+    safety, shrink, grow = 0.9, 0.2, 10.0
+
+    def integrate(
+        self, velocity: Velocity, z: Tensor, start: float, end: float, atol: float, rtol: float, step: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """z at `end`, evaluations per image [B], and the last step sizes [B], to start the next piece with."""
+        if not (atol >= 0 and rtol >= 0 and atol + rtol > 0):
+            raise ValueError(f"tolerances must not be negative and not both 0: atol={atol}, rtol={rtol}")
+        batch = len(z)
+        tau = torch.full((batch,), start, dtype=_time_dtype(z), device=z.device)
+        k1 = velocity(tau, z, None)
+        evaluations = torch.ones(batch, dtype=torch.long)
+        if step is None:
+            step = _initial_step(velocity, z, tau, k1, end, atol, rtol)
+            evaluations += 1
+        z, rows = z.clone(), torch.arange(batch, device=z.device)
+        for _ in range(MAX_ATTEMPTS):
+            # Only images on the way are evaluated.
+            h = torch.minimum(step[rows], end - tau[rows])
+            k = [k1[rows]]
+            for c, a in zip(self.c[1:], self.a[1:], strict=True):
+                new = _advance(z[rows], h, a, k)
+                k.append(velocity((tau[rows] + c * h).clamp(max=end), new, rows))
+            evaluations[rows.cpu()] += 6
+            scale = atol + rtol * torch.maximum(z[rows].abs(), new.abs())
+            error = _norm(_combine(h, self.e, k) / scale)
+            if not error.isfinite().all():
+                raise FloatingPointError(f"the velocity is NaN or infinite near tau = {float(tau[rows].min()):.4f}")
+            accepted = error <= 1
+            done = rows[accepted]
+            arrived = accepted & (h >= end - tau[rows])
+            tau[done] = torch.where(arrived, end, tau[rows] + h)[accepted]
+            z[done], k1[done] = new[accepted], k[-1][accepted]
+            factor = (self.safety * error.clamp(min=1e-10) ** -0.2).clamp(self.shrink, self.grow).to(h.dtype)
+            # A step cut short by the end of the piece says nothing against the longer one.
+            proposed = torch.where(arrived, torch.maximum(step[rows], h * factor), h * factor)
+            step[rows] = torch.where(accepted, proposed, h * factor.clamp(max=1.0))
+            rows = rows[~arrived]
+            if len(rows) == 0:
+                return z, evaluations, step
+        raise FloatingPointError(
+            f"dopri5 needs more than {MAX_ATTEMPTS} steps between tau = {start:g} and {end:g}; the velocity is too "
+            f"rough for atol={atol:g}, rtol={rtol:g}"
+        )
+
+
+SOLVERS: dict[str, RungeKutta | Dopri5] = {
+    "dopri5": Dopri5(),
+    "heun": RungeKutta(c=(0.0, 1.0), a=((), (1.0,)), b=(0.5, 0.5)),
+    "midpoint": RungeKutta(c=(0.0, 0.5), a=((), (0.5,)), b=(0.0, 1.0)),
+    "euler": RungeKutta(c=(0.0,), a=((),), b=(1.0,)),
+}
+
+
+def _initial_step(
+    velocity: Velocity, z: Tensor, tau: Tensor, k1: Tensor, end: float, atol: float, rtol: float
+) -> Tensor:
+    """Starting step per image (Hairer, Norsett & Wanner, Solving ODEs I, section II.4); one evaluation."""
+    scale = atol + rtol * z.abs()
+    d0, d1 = _norm(z / scale), _norm(k1 / scale)
+    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).to(tau.dtype).clamp(max=end)
+    k2 = velocity((tau + h0).clamp(max=end), _advance(z, h0, (1.0,), [k1]), None)
+    d2 = _norm((k2 - k1) / scale).to(tau.dtype) / h0
+    steepest = torch.maximum(d1.to(tau.dtype), d2)
+    h1 = torch.where(steepest <= 1e-15, (h0 * 1e-3).clamp(min=1e-6), (0.01 / steepest) ** 0.2)
+    return torch.minimum(100 * h0, h1)
+
+
+def _combine(h: Tensor | float, weights: Sequence[float], k: Sequence[Tensor]) -> Tensor:
+    """h sum_i weights_i k_i, with h one number or one per image."""
+    if isinstance(h, Tensor):
+        h = h.to(k[0].dtype).view(-1, *[1] * (k[0].ndim - 1))
+    total = torch.zeros_like(k[0])
+    for weight, k_i in zip(weights, k, strict=True):
+        if weight:
+            total.add_(k_i, alpha=weight)
+    return total * h
+
+
+def _advance(z: Tensor, h: Tensor | float, weights: Sequence[float], k: Sequence[Tensor]) -> Tensor:
+    return z + _combine(h, weights, k) if weights else z
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Root mean square of every image, [B]."""
+    return x.flatten(1).pow(2).mean(dim=1).sqrt()
+
+
+def _time_dtype(z: Tensor) -> torch.dtype:
+    """Times are float64 where the device has it: thousands of small steps must still end at exactly 1."""
+    return torch.float32 if z.device.type == "mps" else torch.float64
+
+
+def _require_finite(z: Tensor, tau: float) -> None:
+    if not z.isfinite().all():
+        raise FloatingPointError(f"the state is NaN or infinite at tau = {tau:.4f}")

@@ -1,20 +1,110 @@
-"""Learning When to Denoise: learned asynchronous schedules for latent diffusion over several representations."""
+"""Learning When to Denoise: learned asynchronous schedules for latent diffusion over several representations.
 
-from lwd.guidance import AutoGuidance, ClassifierFreeGuidance
-from lwd.interpolant import global_velocity, interpolate, target_velocity
-from lwd.latents import IMAGENET_SPEC, Group, LatentSpec, Normalization
-from lwd.objective import DenoiserTerms, ScheduleTerms, denoiser_objective, sample_tau, schedule_objective
-from lwd.sampling import SampleResult, sample, seeded_noise
-from lwd.schedules import (
-    CascadedSchedule,
-    LocalTimes,
-    OffsetSchedule,
-    PiecewiseLinearSchedule,
-    PolynomialSchedule,
-    Schedule,
-    ShiftedSchedule,
-    SynchronousSchedule,
-    load_schedule,
-)
+Names are imported on first use, so that `import lwd` (and `lwd --help`) do not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lwd.backbones import LightningDiT, LightningDiTConfig, lightningdit_config
+    from lwd.guidance import AutoGuidance, ClassifierFreeGuidance
+    from lwd.interpolant import global_velocity, interpolate, target_velocity
+    from lwd.latents import IMAGENET_SPEC, Group, LatentSpec, Normalization
+    from lwd.objective import DenoiserTerms, ScheduleTerms, denoiser_objective, sample_tau, schedule_objective
+    from lwd.probe import LearnedSchedule, ProbeConfig, Sweep, learn_schedule, sweep_kinetic
+    from lwd.sampling import SampleResult, sample, seeded_noise
+    from lwd.schedules import (
+        CascadedSchedule,
+        LocalTimes,
+        OffsetSchedule,
+        PiecewiseLinearSchedule,
+        PolynomialSchedule,
+        Schedule,
+        ShiftedSchedule,
+        SynchronousSchedule,
+        load_schedule,
+    )
+    from lwd.training import OptimizerConfig, TrainConfig, TrainResult, train
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "lwd.backbones": ("LightningDiT", "LightningDiTConfig", "lightningdit_config"),
+    "lwd.guidance": ("AutoGuidance", "ClassifierFreeGuidance"),
+    "lwd.interpolant": ("global_velocity", "interpolate", "target_velocity"),
+    "lwd.latents": ("IMAGENET_SPEC", "Group", "LatentSpec", "Normalization"),
+    "lwd.objective": ("DenoiserTerms", "ScheduleTerms", "denoiser_objective", "sample_tau", "schedule_objective"),
+    "lwd.probe": ("LearnedSchedule", "ProbeConfig", "Sweep", "learn_schedule", "sweep_kinetic"),
+    "lwd.sampling": ("SampleResult", "sample", "seeded_noise"),
+    "lwd.schedules": (
+        "CascadedSchedule",
+        "LocalTimes",
+        "OffsetSchedule",
+        "PiecewiseLinearSchedule",
+        "PolynomialSchedule",
+        "Schedule",
+        "ShiftedSchedule",
+        "SynchronousSchedule",
+        "load_schedule",
+    ),
+    "lwd.training": ("OptimizerConfig", "TrainConfig", "TrainResult", "train"),
+}
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+_SUBPACKAGES = ("backbones", "data", "encoders", "evaluation", "report")
+
+__all__ = [
+    "IMAGENET_SPEC",
+    "AutoGuidance",
+    "CascadedSchedule",
+    "ClassifierFreeGuidance",
+    "DenoiserTerms",
+    "Group",
+    "LatentSpec",
+    "LearnedSchedule",
+    "LightningDiT",
+    "LightningDiTConfig",
+    "LocalTimes",
+    "Normalization",
+    "OffsetSchedule",
+    "OptimizerConfig",
+    "PiecewiseLinearSchedule",
+    "PolynomialSchedule",
+    "ProbeConfig",
+    "SampleResult",
+    "Schedule",
+    "ScheduleTerms",
+    "ShiftedSchedule",
+    "Sweep",
+    "SynchronousSchedule",
+    "TrainConfig",
+    "TrainResult",
+    "denoiser_objective",
+    "global_velocity",
+    "interpolate",
+    "learn_schedule",
+    "lightningdit_config",
+    "load_schedule",
+    "sample",
+    "sample_tau",
+    "schedule_objective",
+    "seeded_noise",
+    "sweep_kinetic",
+    "target_velocity",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(import_module(_MODULE_OF[name]), name)
+    elif name in _SUBPACKAGES:
+        value = import_module(f"lwd.{name}")
+    else:
+        raise AttributeError(f"module 'lwd' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_SUBPACKAGES, "__version__"])

@@ -100,7 +100,9 @@ class LatentSpec:
 
     def group_mean(self, values: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, G]: the mean over each group's channels and positions (||.||_g^2 of Eq. 22)."""
-        return values.flatten(2).mean(dim=2) @ _membership(self, values.device, values.dtype)
+        # Multiply and sum: a matrix product would run in bfloat16 under autocast, and in TF32 where that is on.
+        per_channel = values.flatten(2).mean(dim=2)
+        return (per_channel[:, :, None] * _membership(self, values.device, values.dtype)).sum(dim=1)
 
     def weights(self, like: Tensor) -> Tensor:
         """The loss weights w_g, [G], on the device and in the dtype of `like`."""
@@ -118,13 +120,16 @@ class LatentSpec:
         return cls([Group(**group) for group in groups])
 
 
+# The caches outlive the mode they were filled in, so never with inference tensors, which autograd refuses.
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _channel_group(spec: LatentSpec, device: torch.device) -> Tensor:
     sizes = torch.tensor(spec.sizes)
     return torch.repeat_interleave(torch.arange(len(spec)), sizes).to(device)
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _membership(spec: LatentSpec, device: torch.device, dtype: torch.dtype) -> Tensor:
     """[C, G]: 1 / d_g where channel c belongs to group g, else 0."""
     one_hot = torch.nn.functional.one_hot(_channel_group(spec, torch.device("cpu")), len(spec))
@@ -213,8 +218,8 @@ class Normalization:
             worst = int((a - b).abs().amax(dim=0).argmax())
             raise ValueError(
                 f"normalisation statistics differ: channel {worst} has mean {self.mean[worst]:.6g} and std "
-                f"{self.std[worst]:.6g} in {ours}, but {other.mean[worst]:.6g} and {other.std[worst]:.6g} in {theirs}. "
-                "They were made from different latents; use the latents the checkpoint was trained on."
+                f"{self.std[worst]:.6g} in {ours}, but {other.mean[worst]:.6g} and {other.std[worst]:.6g} in "
+                f"{theirs}; they were made from different latents. Use the latents the checkpoint was trained on."
             )
 
     def to_dict(self) -> dict[str, list[float]]:

@@ -91,9 +91,7 @@ def sample(
         raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     method = SOLVERS[solver]
     if steps is not None and isinstance(method, Dopri5):
-        raise ValueError(
-            f"{solver} chooses its own steps: set atol and rtol, or a fixed-step solver, instead of steps"
-        )
+        raise ValueError(f"{solver} chooses its own steps: set atol and rtol, or a fixed-step solver, instead of steps")
     if labels.shape != (len(noise),):
         raise ValueError(
             f"labels have shape {tuple(labels.shape)}, expected [{len(noise)}] as noise has that many rows"

@@ -62,6 +62,8 @@ class Schedule(nn.Module, ABC):
             names = ("texture", "semantic") if groups == 2 else [f"group{i}" for i in range(groups)]
         if len(names) != groups:
             raise ValueError(f"{len(names)} group names {tuple(names)} for a schedule of {groups} groups")
+        if len(set(names)) != groups:
+            raise ValueError(f"group names must differ, not {tuple(names)}")
         self.names = tuple(names)
         self.provenance: dict[str, Any] = {}
 
@@ -137,14 +139,17 @@ def schedule_from_dict(data: dict[str, Any], where: str = "schedule") -> Schedul
     missing = {"kind", "groups", "parameters"} - data.keys()
     if missing:
         raise ValueError(f"{where}: the entries {sorted(missing)} are missing")
-    if data["kind"] not in KINDS:
+    if not isinstance(data["kind"], str) or data["kind"] not in KINDS:
         near = difflib.get_close_matches(str(data["kind"]), KINDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"{where}: unknown kind {data['kind']!r}{hint} Known kinds: {', '.join(sorted(KINDS))}")
     try:
         schedule = KINDS[data["kind"]].from_parameters(data["parameters"], data["groups"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
+    absent = schedule.parameters_dict().keys() - data["parameters"].keys()
+    if absent:  # the constructor's defaults are no substitute for a curve that somebody saved
+        raise ValueError(f"{where}: the parameters {sorted(absent)} of the {data['kind']} schedule are missing")
     schedule.provenance = data.get("provenance", {})
     return schedule
 
@@ -204,7 +209,7 @@ class PolynomialSchedule(Schedule):
             # softplus^-1(1) for the constant term and a_m = 0.018 for the others.
             rho = torch.tensor([math.log(math.e - 1)] + [-4.0] * degree).repeat(groups - 1, 1)
         values = torch.as_tensor(rho, dtype=torch.float32)
-        if values.numel() != (groups - 1) * (degree + 1):
+        if values.shape != (groups - 1, degree + 1) and (groups > 2 or values.shape != (degree + 1,)):
             raise ValueError(
                 f"rho has shape {tuple(values.shape)}; {groups} groups and degree {degree} need "
                 f"[{groups - 1}, {degree + 1}]"
@@ -214,7 +219,8 @@ class PolynomialSchedule(Schedule):
         self.rho = nn.Parameter(values.detach().clone().reshape(groups - 1, degree + 1))
 
     def local_times(self, tau: Tensor) -> LocalTimes:
-        a = F.softplus(self.rho.to(tau.dtype)).reshape(self.groups - 1, self.degree + 1)
+        # Far below any rho that learning reaches; it keeps Z from vanishing in float32.
+        a = F.softplus(self.rho.to(tau.dtype).clamp(min=-80.0)).reshape(self.groups - 1, self.degree + 1)
         t, dt = [tau], [torch.ones_like(tau)]
         for a_g in a.flip(0):
             f, df = _normalised_polynomial(a_g, t[0])
@@ -283,9 +289,7 @@ class PiecewiseLinearSchedule(Schedule):
         for group, name in enumerate(self.names):
             curve = self._values[:, group]
             if curve[0] != 0 or curve[-1] != 1 or not curve.isfinite().all():
-                raise ValueError(
-                    f"the local time of {name!r} must run from 0 to 1, not {curve[0]:g} to {curve[-1]:g}"
-                )
+                raise ValueError(f"the local time of {name!r} must run from 0 to 1, not {curve[0]:g} to {curve[-1]:g}")
             if (curve.diff() < 0).any():
                 k = int((curve.diff() < 0).nonzero()[0, 0])
                 raise ValueError(
@@ -298,7 +302,9 @@ class PiecewiseLinearSchedule(Schedule):
         piece = torch.bucketize(tau, knots[1:-1], right=True)
         left, right = knots[piece], knots[piece + 1]
         # lerp is exact at both ends, so t(0) = 0 and t(1) = 1 in every precision.
-        t = torch.lerp(values[piece], values[piece + 1], ((tau - left) / (right - left))[:, None])
+        # Two knots can round to one in float32: then the piece is its end.
+        fraction = torch.where(right > left, (tau - left) / (right - left), 1.0)
+        t = torch.lerp(values[piece], values[piece + 1], fraction[:, None])
         return LocalTimes(t, slopes[piece])
 
     def parameters_dict(self) -> dict[str, Any]:
@@ -335,9 +341,14 @@ class OffsetSchedule(PiecewiseLinearSchedule):
         total = 1 + (groups - 1) * delta
         delays = [(groups - 1 - g) * delta for g in range(groups)]
         knots = sorted({0.0, 1.0, *(d / total for d in delays), *((d + 1) / total for d in delays if d + 1 < total)})
-        values = [[min(1.0, max(0.0, total * tau - d)) for d in delays] for tau in knots[1:-1]]
-        # The ends are set, not computed: total * tau - d need not round to 1.
-        super().__init__(knots, [[0.0] * groups, *values, [1.0] * groups], names=names)
+
+        # 0 and 1 are set, not computed: total * tau - d need not round to them, and a resting group must not creep.
+        def local(tau: float, d: float) -> float:
+            if tau <= d / total:
+                return 0.0
+            return 1.0 if tau >= (d + 1) / total else min(1.0, max(0.0, total * tau - d))
+
+        super().__init__(knots, [[local(tau, d) for d in delays] for tau in knots], names=names)
 
     def parameters_dict(self) -> dict[str, Any]:
         return {"delta": self.delta}

@@ -88,8 +88,12 @@ class Dopri5:
             evaluations[rows.cpu()] += 6
             scale = atol + rtol * torch.maximum(z[rows].abs(), new.abs())
             error = _norm(_combine(h, self.e, k) / scale)
-            if not error.isfinite().all():
-                raise FloatingPointError(f"the velocity is NaN or infinite near tau = {float(tau[rows].min()):.4f}")
+            failed = ~error.isfinite()
+            if failed.any():
+                first, last = float(tau[rows][failed].min()), float((tau[rows] + h)[failed].max())
+                raise FloatingPointError(
+                    f"the velocity is NaN or infinite between tau = {first:.4f} and tau = {last:.4f}"
+                )
             accepted = error <= 1
             done = rows[accepted]
             arrived = accepted & (h >= end - tau[rows])

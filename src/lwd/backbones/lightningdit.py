@@ -1,0 +1,279 @@
+"""LightningDiT (Yao & Wang 2025) with one clock per group, as in Semantic-First Diffusion (arXiv 2512.04926).
+
+A transformer over the patches of the composite latent: RMSNorm, attention with normalised queries and keys and 2-D
+rotary positions, SwiGLU, and AdaLN modulation from time and class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lwd.backbones.config import LightningDiTConfig
+
+EPS = 1e-6
+TIME_FREQUENCIES = 256
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the division in float32 whatever the precision of x."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=EPS).to(x.dtype) * self.weight.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with per-head RMSNorm and rotation of queries and keys."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm, self.k_norm = RMSNorm(width // heads), RMSNorm(width // heads)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class SwiGLU(nn.Module):
+    """W3 (silu(W1 x) * W2 x), with W1 and W2 in one matrix."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each normalised, modulated and gated by the condition (AdaLN-zero)."""
+
+    def __init__(self, config: LightningDiTConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
+        self.attn = Attention(width, config.num_heads)
+        self.mlp = SwiGLU(width, config.mlp_hidden)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        modulation = self.adaLN_modulation(condition)[:, None].chunk(6, dim=-1)
+        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
+        x = x + gate_attn * self.attn(self.norm1(x) * (1 + scale_attn) + shift_attn, cos, sin)
+        return x + gate_mlp * self.mlp(self.norm2(x) * (1 + scale_mlp) + shift_mlp)
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and projection to the patch's velocities."""
+
+    def __init__(self, config: LightningDiTConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.norm_final = RMSNorm(width)
+        self.linear = nn.Linear(width, config.patch_size**2 * config.spec.channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition)[:, None].chunk(2, dim=-1)
+        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+
+
+class TimeEmbedder(nn.Module):
+    """A time in [0, 1], unscaled, to a vector through cosines and sines of geometric frequencies."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+        half = TIME_FREQUENCIES // 2
+        exponents = -math.log(10_000) * torch.arange(half, dtype=torch.float32) / half
+        self.register_buffer("frequencies", exponents.exp(), persistent=False)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t[:, None].float() * self.frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+
+class LightningDiT(nn.Module):
+    """The denoiser: (z, t, labels) -> local velocities of all groups.
+
+    Attributes:
+        config, spec: sizes and latent groups.
+        null_label: the label that means "no class"; label dropout is the training loop's, so this is deterministic.
+    """
+
+    positions: Tensor
+    rotary_cos: Tensor
+    rotary_sin: Tensor
+
+    def __init__(self, config: LightningDiTConfig) -> None:
+        super().__init__()
+        self.config, self.spec, self.null_label = config, config.spec, config.num_classes
+        width, patch = config.hidden_size, config.patch_size
+        self.x_embedder = nn.Conv2d(self.spec.channels, width, patch, stride=patch)
+        self.t_embedders = nn.ModuleList(TimeEmbedder(w) for w in config.clock_widths)
+        self.y_embedder = nn.Embedding(config.num_classes + 1, width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self.repa_projector: nn.Sequential | None = None
+        if config.repa_depth is not None:
+            inner = config.repa_projector_dim
+            self.repa_projector = nn.Sequential(
+                nn.Linear(width, inner), nn.SiLU(), nn.Linear(inner, inner), nn.SiLU(), nn.Linear(inner, config.repa_dim)
+            )  # fmt: skip
+        side = config.input_size // patch
+        cos, sin = rotary_tables(side, width // config.num_heads)
+        self.register_buffer("positions", sincos_positions(side, width), persistent=False)
+        self.register_buffer("rotary_cos", cos, persistent=False)
+        self.register_buffer("rotary_sin", sin, persistent=False)
+        self._initialise()
+
+    @overload
+    def forward(self, z: Tensor, t: Tensor, labels: Tensor, return_projection: Literal[False] = False) -> Tensor: ...
+    @overload
+    def forward(
+        self, z: Tensor, t: Tensor, labels: Tensor, return_projection: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self, z: Tensor, t: Tensor, labels: Tensor, return_projection: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Local velocities at state `z`.
+
+        Args:
+            z: [B, C, H, W], normalised latents.
+            t: local times [B, G].
+            labels: [B], 0 ... num_classes (the last one is `null_label`).
+            return_projection: also return the REPA projection [B, N, repa_dim] of the tokens after `repa_depth`.
+
+        Raises:
+            ValueError: shapes that do not fit the configuration, or labels out of range (checked on the CPU only,
+                where looking costs no synchronisation).
+        """
+        if not torch.compiler.is_compiling():
+            self._check(z, t, labels, return_projection)
+        x = self.x_embedder(z).flatten(2).transpose(1, 2) + self.positions
+        condition = self._time_condition(t) + self.y_embedder(labels)
+        projection = None
+        for depth, block in enumerate(self.blocks, start=1):
+            x = block(x, condition, self.rotary_cos, self.rotary_sin)
+            if return_projection and depth == self.config.repa_depth:
+                assert self.repa_projector is not None
+                projection = self.repa_projector(x)
+        velocity = self._unpatch(self.final_layer(x, condition))
+        return velocity if projection is None else (velocity, projection)
+
+    def _time_condition(self, t: Tensor) -> Tensor:
+        # One clock reads the last group's time, which is the global time (Eq. 17). The reference puts the semantic
+        # embedding first, so the groups come in reverse.
+        clocks = range(len(self.t_embedders))
+        group_of = {clock: t.shape[1] - len(self.t_embedders) + clock for clock in clocks}
+        return torch.cat([self.t_embedders[clock](t[:, group_of[clock]]) for clock in reversed(clocks)], dim=-1)
+
+    def _unpatch(self, x: Tensor) -> Tensor:
+        """[B, N, p p C] -> [B, C, H, W]; within a token, channels vary fastest."""
+        patch, side = self.config.patch_size, self.config.input_size // self.config.patch_size
+        x = x.view(len(x), side, side, patch, patch, self.spec.channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.spec.channels, side * patch, side * patch)
+
+    def _check(self, z: Tensor, t: Tensor, labels: Tensor, return_projection: bool) -> None:
+        self.spec.check(z, "z")
+        side = self.config.input_size
+        if z.shape[2:] != (side, side):
+            raise ValueError(f"the latent grid is {tuple(z.shape[2:])}, this network is built for ({side}, {side})")
+        if t.shape != (len(z), len(self.spec)):
+            raise ValueError(f"local times have shape {tuple(t.shape)}, expected [{len(z)}, {len(self.spec)}]")
+        if labels.shape != (len(z),) or labels.is_floating_point():
+            raise ValueError(f"labels must be integers [{len(z)}], not {labels.dtype} of shape {tuple(labels.shape)}")
+        if labels.device.type == "cpu" and len(labels) and not 0 <= labels.min() <= labels.max() <= self.null_label:
+            raise ValueError(
+                f"labels run from {labels.min()} to {labels.max()}; this network knows the classes 0 to "
+                f"{self.null_label - 1}, and {self.null_label} for no class"
+            )
+        if return_projection and self.repa_projector is None:
+            raise ValueError("this network has no REPA projector: configure it with repa_depth, or train with repa=0")
+
+    def _initialise(self) -> None:
+        """As the reference: Xavier for linear maps, 0.02 for embeddings and time, zero for modulations and output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.weight.view(self.config.hidden_size, -1))
+        assert self.x_embedder.bias is not None
+        nn.init.zeros_(self.x_embedder.bias)
+        nn.init.normal_(self.y_embedder.weight, std=0.02)
+        for embedder in self.t_embedders:
+            for layer in embedder.modules():
+                if isinstance(layer, nn.Linear):
+                    nn.init.normal_(layer.weight, std=0.02)
+        zeroed = [block.adaLN_modulation[-1] for block in self.blocks]
+        for layer in (*zeroed, self.final_layer.adaLN_modulation[-1], self.final_layer.linear):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    @classmethod
+    def from_sfd(cls, source: str | Path | Mapping[str, Tensor], **overrides: Any) -> LightningDiT:
+        """A network with the weights of an SFD or LightningDiT checkpoint; see `lwd.backbones.sfd.load_sfd`."""
+        from lwd.backbones.sfd import load_sfd
+
+        return load_sfd(source, **overrides)
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write ``config.json`` and ``model.safetensors`` into `directory`, each atomically."""
+        from lwd.backbones.pretrained import save_pretrained
+
+        return save_pretrained(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> LightningDiT:
+        """Read what `save_pretrained` wrote: a directory, or ``"user/name"`` on the Hugging Face hub."""
+        from lwd.backbones.pretrained import load_pretrained
+
+        return load_pretrained(source)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the channel pairs of x [B, heads, N, d] by the angles behind cos and sin [N, d]."""
+    pairs = x.unflatten(-1, (-1, 2))
+    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
+    return x * cos.to(x.dtype) + turned * sin.to(x.dtype)
+
+
+def rotary_tables(side: int, head_width: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [side^2, head_width]: the first half of the channels turn with the row, the second with the column."""
+    half = head_width // 2
+    frequencies = 10_000 ** -(torch.arange(0, half, 2, dtype=torch.float32) / half)
+    angles = torch.outer(torch.arange(side, dtype=torch.float32), frequencies).repeat_interleave(2, dim=1)
+    rows = angles[:, None].expand(side, side, half)
+    columns = angles[None].expand(side, side, half)
+    grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)
+    return grid.cos(), grid.sin()
+
+
+def sincos_positions(side: int, width: int) -> Tensor:
+    """Fixed positions [1, side^2, width] (DiT): the first half of the channels encode the column, the second the row."""
+    frequencies = 10_000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.outer(torch.arange(side, dtype=torch.float64), frequencies)
+    one_axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    columns = one_axis[None].expand(side, side, width // 2)
+    rows = one_axis[:, None].expand(side, side, width // 2)
+    return torch.cat([columns, rows], dim=-1).flatten(0, 1)[None].float()

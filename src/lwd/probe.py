@@ -1,0 +1,324 @@
+"""Stage I of Algorithm 1: a short joint probe learns the schedule (LWD section 3.5), and the sweep over lambda."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lwd.files import read_json, write_json
+from lwd.loop import run_job
+from lwd.objective import Jacobian, Reduction, schedule_objective
+from lwd.schedules import PolynomialSchedule, schedule_from_dict
+from lwd.training import Batches, LatentSource, OptimizerConfig, Precision, check_groups, prepare_forward, to_json
+
+COLLAPSE_DELAY = 0.8
+"""A probe whose mean curve has at least this delay (see `delay`) counts as collapsed."""
+
+CRITERION = (
+    "The delay of a curve is the area between it and the identity, as a share of that area for the extreme member "
+    "of the family, tau^(M+1): 0 for synchronous, 1 for the extreme. A probe has collapsed when the delay of its "
+    f"averaged curve is at least {COLLAPSE_DELAY}. The picked lambda is the weakest of those at and above which no "
+    "probe of the sweep collapsed. The area is used, not a single point, because every part of the curve counts in "
+    "the losses; the bound stands in the gap between curves that run off to the extreme and curves that settle."
+)
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """How a schedule is learned; the defaults are the paper's (Table 4).
+
+    Attributes:
+        burn_in: steps before rho enters the average.
+        kinetic: lambda of Eq. 38.
+        jacobian: ``"detached"`` (the paper) or ``"exact"``; see `lwd.schedule_objective`.
+        degree: M of Eq. 40.
+        optimizer: of the temporary denoiser.
+        rho_lr: learning rate of rho, constant.
+    """
+
+    steps: int = 10_000
+    burn_in: int = 5_000
+    batch_size: int = 256
+    kinetic: float = 0.04
+    jacobian: Jacobian = "detached"
+    reduction: Reduction = "global"
+    kinetic_reduction: Reduction = "groups"
+    degree: int = 4
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    rho_lr: float = 1e-2
+    label_dropout: float = 0.1
+    flips: bool = False
+    seed: int = 0
+    precision: Precision = "bf16"
+    compile: bool = False
+    log_every: int = 50
+    save_seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.burn_in < self.steps:
+            raise ValueError(
+                f"burn_in ({self.burn_in}) must be less than steps ({self.steps}): rho is averaged after it"
+            )
+
+
+@dataclass(frozen=True)
+class LearnedSchedule:
+    """What a probe found.
+
+    Attributes:
+        schedule: the frozen schedule of the averaged rho, provenance included.
+        history: log lines: step, flow, kinetic, loss by group, rho, and ``midpoint``, the curve at tau = 1/2.
+        delay: how far the curve is from synchronous (0) towards the extreme of the family (1).
+    """
+
+    schedule: PolynomialSchedule
+    history: list[dict[str, Any]]
+    delay: float
+
+    @property
+    def collapsed(self) -> bool:
+        return self.delay >= COLLAPSE_DELAY
+
+
+def learn_schedule(
+    denoiser: nn.Module,
+    data: LatentSource,
+    config: ProbeConfig,
+    *,
+    directory: Path | str | None = None,
+    device: torch.device | str = "cpu",
+    title: str = "probe",
+) -> LearnedSchedule:
+    """Algorithm 1, stage I: update a temporary denoiser and rho jointly on L_rho, average rho after the burn-in.
+
+    Args:
+        denoiser: a freshly initialised network. It is trained and of no use afterwards. A frozen one does not work:
+            rho would only see the mismatch between model and schedule (section 3.5).
+        directory: gets ``schedule.json``, ``metrics.jsonl`` and ``checkpoint.pt``; an interrupted probe there goes on,
+            step for step as if uninterrupted.
+
+    Raises:
+        ValueError: data and denoiser differ in their groups; a checkpoint made with other settings.
+        NonFiniteLossError: NaN or infinity; the last good checkpoint is kept.
+    """
+    directory = None if directory is None else Path(directory)
+    spec = data.spec
+    schedule = PolynomialSchedule(config.degree, groups=len(spec), names=spec.names).to(device)
+    check_groups(data, schedule, denoiser)
+    job = _Probe(denoiser.to(device), schedule, data, config, torch.device(device))
+    history = run_job(
+        job,
+        config.steps,
+        directory=directory,
+        identity={
+            "probe": to_json(config),
+            "normalization": data.normalization.to_dict(),
+            "parameters": sum(p.numel() for p in denoiser.parameters()),
+        },
+        title=title,
+        batch_size=config.batch_size,
+        log_every=config.log_every,
+        save_seconds=config.save_seconds,
+    )
+    learned = PolynomialSchedule(config.degree, job.mean_rho(), groups=len(spec), names=spec.names).frozen()
+    learned.provenance = {"probe": to_json(config), "images": len(data), "delay": delay(learned)}
+    if directory is not None:
+        learned.save(directory / "schedule.json")
+    return LearnedSchedule(learned, history, delay(learned))
+
+
+class _Probe:
+    """The job of `learn_schedule`; see `lwd.loop.Job`."""
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        schedule: PolynomialSchedule,
+        data: LatentSource,
+        config: ProbeConfig,
+        device: torch.device,
+    ) -> None:
+        self.denoiser, self.schedule, self.data, self.config = denoiser.train(), schedule, data, config
+        self.batches = Batches(
+            data, config.batch_size, config.seed, config.label_dropout, denoiser, device, config.flips
+        )
+        self.forward = prepare_forward(denoiser, config.precision, config.compile, device)
+        # The REPA projector, if the network has one, gets no gradient here; AdamW skips it.
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for p in denoiser.parameters() if p.requires_grad], "lr": config.optimizer.lr},
+                {"params": [schedule.rho], "lr": config.rho_lr},
+            ],
+            betas=config.optimizer.betas,
+            weight_decay=0.0,
+            fused=device.type in ("cpu", "cuda"),
+        )
+        self.rho_sum = torch.zeros_like(schedule.rho, dtype=torch.float64, device="cpu").to(device)
+        self.averaged = 0
+
+    def update(self, step: int) -> dict[str, Tensor]:
+        config = self.config
+        batch = self.batches.draw(step)
+        terms = schedule_objective(
+            self.forward,
+            self.schedule,
+            self.data.spec,
+            batch.x0,
+            batch.x1,
+            batch.labels,
+            batch.tau,
+            kinetic=config.kinetic,
+            jacobian=config.jacobian,
+            reduction=config.reduction,
+            kinetic_reduction=config.kinetic_reduction,
+        )
+        self.optimizer.param_groups[0]["lr"] = config.optimizer.lr * config.optimizer.factor(step, config.steps)
+        self.optimizer.zero_grad(set_to_none=True)
+        terms.total.backward()
+        self.optimizer.step()
+        if step >= config.burn_in:
+            self.rho_sum += self.schedule.rho.detach()
+            self.averaged += 1
+        metrics = {"loss": terms.total, "flow": terms.flow, "kinetic": terms.kinetic}
+        by_group = terms.per_group.mean(dim=0)
+        metrics |= {f"loss_{name}": by_group[i] for i, name in enumerate(self.data.spec.names)}
+        return {name: value.detach() for name, value in metrics.items()}
+
+    def mean_rho(self) -> Tensor:
+        return (self.rho_sum / self.averaged).float().cpu()
+
+    def describe(self) -> dict[str, Any]:
+        current = self.schedule.frozen().cpu()
+        return {
+            "rho": current.rho.tolist(),
+            "midpoint": current(torch.tensor([0.5])).t[0].tolist(),
+            "delay": delay(current),
+        }
+
+    def explain(self, step: int) -> str:
+        return self.batches.explain(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "denoiser": self.denoiser.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rho_sum": self.rho_sum,
+            "averaged": self.averaged,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.denoiser.load_state_dict(state["denoiser"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rho_sum.copy_(state["rho_sum"])
+        self.averaged = state["averaged"]
+
+
+@torch.no_grad()
+def delay(schedule: PolynomialSchedule) -> float:
+    """Area between identity and curve, as a share of that area for tau^(M+1); the largest over the chain's links.
+
+    For f of Eq. 41 the area under the curve is 1/Z sum_m a_m / ((m+1)(m+2)), and 1/(M+2) for the extreme.
+    """
+    a = torch.nn.functional.softplus(schedule.rho.double().cpu()).reshape(schedule.groups - 1, -1)
+    m = torch.arange(a.shape[1], dtype=torch.float64)
+    area = (a / ((m + 1) * (m + 2))).sum(dim=1) / (a / (m + 1)).sum(dim=1)
+    return float(((0.5 - area) / (0.5 - 1 / (schedule.degree + 2))).max())
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Probes over several lambda, weakest first, and the picked one (None when all collapsed)."""
+
+    kinetics: tuple[float, ...]
+    probes: tuple[LearnedSchedule, ...]
+    picked: float | None
+
+    @property
+    def schedule(self) -> PolynomialSchedule:
+        """The schedule of the picked lambda; ValueError when no value was stable."""
+        if self.picked is None:
+            raise ValueError(
+                f"every probe collapsed to the extreme schedule, up to lambda = {max(self.kinetics):g}; "
+                "sweep larger values"
+            )
+        return self.probes[self.kinetics.index(self.picked)].schedule
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "criterion": CRITERION,
+            "picked": self.picked,
+            "runs": [
+                {
+                    "kinetic": kinetic,
+                    "collapsed": probe.collapsed,
+                    "delay": probe.delay,
+                    "schedule": probe.schedule.to_dict(),
+                    "history": probe.history,
+                }
+                for kinetic, probe in zip(self.kinetics, self.probes, strict=True)
+            ],
+        }
+
+    def save(self, path: Path | str) -> Path:
+        return write_json(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: Path | str) -> Sweep:
+        data = read_json(path)
+        probes = []
+        for run in data["runs"]:
+            schedule = schedule_from_dict(run["schedule"], str(path))
+            assert isinstance(schedule, PolynomialSchedule)
+            probes.append(LearnedSchedule(schedule.frozen(), run["history"], run["delay"]))
+        return cls(tuple(run["kinetic"] for run in data["runs"]), tuple(probes), data["picked"])
+
+
+def sweep_kinetic(
+    make_denoiser: Callable[[], nn.Module],
+    data: LatentSource,
+    config: ProbeConfig,
+    kinetics: Sequence[float],
+    *,
+    directory: Path | str | None = None,
+    device: torch.device | str = "cpu",
+) -> Sweep:
+    """One probe per lambda, each from the same initial denoiser and on the same batches; picks the weakest stable one.
+
+    Args:
+        make_denoiser: builds the initial denoiser; must give the same weights at every call, so that lambda is the
+            only thing that differs.
+        kinetics: the values of lambda, in any order.
+        directory: each probe gets a folder ``lambda-<value>`` in it; finished and interrupted ones are continued.
+    """
+    kinetics = tuple(sorted(set(kinetics)))
+    if not kinetics or kinetics[0] < 0:
+        raise ValueError(f"a sweep needs values of lambda of at least 0, not {list(kinetics)}")
+    probes = tuple(
+        learn_schedule(
+            make_denoiser(),
+            data,
+            replace(config, kinetic=kinetic),
+            directory=None if directory is None else Path(directory) / f"lambda-{kinetic:g}",
+            device=device,
+            title=f"probe lambda {kinetic:g}",
+        )
+        for kinetic in kinetics
+    )
+    return Sweep(kinetics, probes, weakest_stable(kinetics, [probe.collapsed for probe in probes]))
+
+
+def weakest_stable(kinetics: Sequence[float], collapsed: Sequence[bool]) -> float | None:
+    """The smallest lambda at and above which nothing collapsed; None when the largest did."""
+    picked = None
+    for kinetic, bad in sorted(zip(kinetics, collapsed, strict=True), reverse=True):
+        if bad:
+            break
+        picked = kinetic
+    return picked

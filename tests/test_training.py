@@ -1,0 +1,317 @@
+"""Stage I and stage II: exact resume, averages, streams, stops on NaN."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lwd.data import TensorLatents
+from lwd.latents import Group, LatentSpec
+from lwd.loop import NonFiniteLossError
+from lwd.probe import (
+    COLLAPSE_DELAY,
+    LearnedSchedule,
+    ProbeConfig,
+    Sweep,
+    delay,
+    learn_schedule,
+    sweep_kinetic,
+    weakest_stable,
+)
+from lwd.randomness import stream
+from lwd.schedules import OffsetSchedule, PolynomialSchedule, SynchronousSchedule, load_schedule
+from lwd.training import Batches, OptimizerConfig, TrainConfig, train
+
+SPEC = LatentSpec([Group("texture", 3, 1.0), Group("semantic", 2, 1.5)])
+
+
+class TinyDenoiser(nn.Module):
+    """Small, nonlinear, aware of times and labels; has a null label."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.spec, self.null_label = SPEC, 4
+        self.label = nn.Embedding(5, 8)
+        self.time = nn.Linear(2, 8)
+        self.into, self.out = nn.Conv2d(5, 8, 1), nn.Conv2d(8, 5, 1)
+
+    def forward(self, z: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        condition = self.time(t) + self.label(labels)
+        return self.out(torch.tanh(self.into(z) + condition[:, :, None, None]))
+
+
+def tiny() -> TinyDenoiser:
+    torch.manual_seed(0)
+    return TinyDenoiser()
+
+
+@pytest.fixture
+def data() -> TensorLatents:
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(30, 5, 4, 4, generator=generator)
+    latents[:, 3:] = 0.8 * latents[:, :2] + 0.6 * latents[:, 3:]
+    return TensorLatents(SPEC, latents, torch.arange(30) % 4)
+
+
+PROBE = ProbeConfig(
+    steps=12, burn_in=5, batch_size=8, precision="float32", log_every=3, rho_lr=0.05, save_seconds=0, kinetic=0.02
+)
+TRAIN = TrainConfig(
+    steps=12, batch_size=8, precision="float32", log_every=3, save_seconds=0, repa=0.0, ema=0.9, snapshots=(4, 12),
+    optimizer=OptimizerConfig(lr=1e-2, warmup_steps=3, decay="cosine"),
+)  # fmt: skip
+
+
+class StoppedError(Exception):
+    pass
+
+
+class StopsAt(TensorLatents):
+    """Data that break off a run like a power failure, at the given batch."""
+
+    calls = 0
+    stop = 10**9
+
+    def gather(self, indices, flip=None):
+        self.calls += 1
+        if self.calls > self.stop:
+            raise StoppedError
+        return super().gather(indices, flip)
+
+
+def interrupted(data: TensorLatents, stop: int) -> StopsAt:
+    broken = StopsAt(SPEC, data.latents, data.labels)
+    broken.stop = stop
+    return broken
+
+
+def weights(module: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def log_without_speed(path) -> list[dict]:
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
+
+
+@pytest.mark.parametrize("stop", [1, 4, 8, 11])
+def test_interrupted_probe_equals_the_uninterrupted_one_bit_for_bit(tmp_path, data, stop):
+    whole_net, broken_net = tiny(), tiny()
+    whole = learn_schedule(whole_net, data, PROBE, directory=tmp_path / "whole")
+    with pytest.raises(StoppedError):
+        learn_schedule(tiny(), interrupted(data, stop), PROBE, directory=tmp_path / "broken")
+    resumed = learn_schedule(broken_net, data, PROBE, directory=tmp_path / "broken")
+    assert torch.equal(whole.schedule.rho, resumed.schedule.rho)
+    assert torch.equal(weights(whole_net), weights(broken_net))
+    assert log_without_speed(tmp_path / "whole/metrics.jsonl") == log_without_speed(tmp_path / "broken/metrics.jsonl")
+    a, b = (torch.load(tmp_path / d / "checkpoint.pt")["job"] for d in ("whole", "broken"))
+    for index, state in a["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, b["optimizer"]["state"][index][name]), (index, name)
+    assert torch.equal(a["schedule"]["rho"], b["schedule"]["rho"])
+
+
+@pytest.mark.parametrize("stop", [2, 7])
+def test_interrupted_training_equals_the_uninterrupted_one_bit_for_bit(tmp_path, data, stop):
+    schedule = OffsetSchedule(0.3)
+    whole = train(tiny(), schedule, data, TRAIN, directory=tmp_path / "whole")
+    with pytest.raises(StoppedError):
+        train(tiny(), schedule, interrupted(data, stop), TRAIN, directory=tmp_path / "broken")
+    resumed = train(tiny(), schedule, data, TRAIN, directory=tmp_path / "broken")
+    assert torch.equal(weights(whole.denoiser), weights(resumed.denoiser))
+    assert log_without_speed(tmp_path / "whole/metrics.jsonl") == log_without_speed(tmp_path / "broken/metrics.jsonl")
+    for snapshot in ("00000004.safetensors", "00000012.safetensors"):
+        assert (tmp_path / "whole/snapshots" / snapshot).read_bytes() == (
+            tmp_path / "broken/snapshots" / snapshot
+        ).read_bytes()
+
+
+def test_probe_averages_rho_after_the_burn_in(data):
+    """The mean of rho over the steps after the burn-in, from a probe that logs each of them."""
+    learned = learn_schedule(tiny(), data, replace(PROBE, log_every=1))
+    rhos = torch.tensor([row["rho"] for row in learned.history], dtype=torch.float64)
+    torch.testing.assert_close(learned.schedule.rho.double(), rhos[PROBE.burn_in :].mean(dim=0), rtol=1e-6, atol=1e-6)
+    assert [row["step"] for row in learned.history] == list(range(1, 13))
+    assert not learned.schedule.rho.requires_grad
+    assert learned.schedule.provenance["probe"]["kinetic"] == 0.02
+
+
+def test_probe_moves_rho_by_its_own_learning_rate(data):
+    """AdamW's first step has the size of the learning rate in every component: 0.05 for rho, 1e-4 for the denoiser."""
+    net = tiny()
+    before = weights(net)
+    learned = learn_schedule(net, data, replace(PROBE, steps=1, burn_in=0, log_every=1))
+    moved = (learned.schedule.rho - PolynomialSchedule().rho).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.05), rtol=1e-2, atol=0)
+    assert (weights(net) - before).abs().max().item() == pytest.approx(1e-4, rel=1e-2)
+
+
+def test_average_is_the_exponential_moving_average(data):
+    """With decay 0 the result is the last iterate; with 0.9 it is the recursion over the iterates."""
+    iterates = [
+        weights(train(tiny(), SynchronousSchedule(), data, replace(TRAIN, ema=0.0, steps=n, snapshots=(),
+                optimizer=OptimizerConfig(lr=1e-2))).denoiser)
+        for n in (1, 2, 3)
+    ]  # fmt: skip
+    expected = weights(tiny())
+    for iterate in iterates:
+        expected = 0.9 * expected + 0.1 * iterate
+    config = replace(TRAIN, steps=3, snapshots=(), optimizer=OptimizerConfig(lr=1e-2))
+    result = train(tiny(), SynchronousSchedule(), data, config)
+    torch.testing.assert_close(weights(result.denoiser), expected, rtol=1e-6, atol=1e-7)
+
+
+def test_learning_rate_schedules():
+    linear = OptimizerConfig(warmup_steps=4, decay="linear")
+    assert [linear.factor(s, 14) for s in (0, 3, 4, 9, 13)] == pytest.approx([0.25, 1.0, 1.0, 0.5, 0.1])
+    assert OptimizerConfig(decay="cosine").factor(5, 10) == pytest.approx(0.5)
+    assert OptimizerConfig().factor(999, 1000) == 1.0
+
+
+def test_training_loss_falls(data):
+    config = replace(TRAIN, steps=200, log_every=20, snapshots=(), optimizer=OptimizerConfig(lr=1e-2))
+    history = train(tiny(), SynchronousSchedule(), data, config).history
+    assert history[-1]["flow"] < 0.8 * history[0]["flow"]
+
+
+def test_batches_are_functions_of_the_step(data):
+    first = Batches(data, TRAIN, tiny(), torch.device("cpu"))
+    second = Batches(data, TRAIN, tiny(), torch.device("cpu"))
+    for step in (0, 1):
+        second.draw(step)
+    a, b = first.draw(7), second.draw(7)
+    assert torch.equal(a.x0, b.x0)
+    assert torch.equal(a.tau, b.tau)
+    assert torch.equal(a.labels, b.labels)
+    assert not torch.equal(a.x0, first.draw(8).x0)
+    dropped = torch.cat([Batches(data, replace(TRAIN, batch_size=4000, label_dropout=0.25), tiny(),
+                                 torch.device("cpu")).draw(0).labels])  # fmt: skip
+    assert (dropped == 4).float().mean().item() == pytest.approx(0.25, abs=0.03)
+
+
+def test_streams_of_different_purposes_differ():
+    draws = {torch.randn(1, generator=stream(0, p, s)).item() for p in ("noise", "order") for s in range(50)}
+    assert len(draws) == 100
+
+
+def test_nan_in_the_data_stops_with_step_and_image_and_keeps_the_checkpoint(tmp_path, data):
+    train(tiny(), SynchronousSchedule(), data, replace(TRAIN, steps=6, snapshots=()), directory=tmp_path)
+    good = (tmp_path / "checkpoint.pt").read_bytes()
+    poisoned = TensorLatents(SPEC, data.latents.clone(), data.labels, normalization=data.normalization)
+    poisoned.latents[:] = float("nan")
+    with pytest.raises(ValueError, match=r"train.steps: 6 in the checkpoint, 12 now"):
+        train(tiny(), SynchronousSchedule(), poisoned, replace(TRAIN, snapshots=()), directory=tmp_path)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == good
+
+    class TurnsBad(TensorLatents):
+        def gather(self, indices, flip=None):
+            batch = super().gather(indices, flip)
+            if 17 in indices.tolist() and (tmp_path / "late" / "checkpoint.pt").exists():
+                batch.latents[indices == 17] = float("nan")
+            return batch
+
+    with pytest.raises(NonFiniteLossError, match=r"not finite at step \d+ .*images \[17\]"):
+        train(
+            tiny(),
+            SynchronousSchedule(),
+            TurnsBad(SPEC, data.latents, data.labels),
+            TRAIN,
+            directory=tmp_path / "late",
+        )
+    state = torch.load(tmp_path / "late" / "checkpoint.pt")
+    assert all(v.isfinite().all() for v in state["job"]["denoiser"].values())
+
+
+def test_diverged_update_is_told_from_bad_data(data):
+    config = replace(TRAIN, optimizer=OptimizerConfig(lr=1e38), snapshots=())
+    with pytest.raises(NonFiniteLossError, match="the update diverged"):
+        train(tiny(), SynchronousSchedule(), data, config)
+
+
+def test_resuming_with_other_settings_lists_the_differences(tmp_path, data):
+    learn_schedule(tiny(), data, PROBE, directory=tmp_path)
+    with pytest.raises(ValueError, match=r"probe.kinetic: 0.02 in the checkpoint, 0.5 now"):
+        learn_schedule(tiny(), data, replace(PROBE, kinetic=0.5), directory=tmp_path)
+
+
+def test_truncated_checkpoint_is_named(tmp_path, data):
+    learn_schedule(tiny(), data, PROBE, directory=tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged"):
+        learn_schedule(tiny(), data, PROBE, directory=tmp_path)
+
+
+def test_half_written_log_line_is_dropped_on_resume(tmp_path, data):
+    with pytest.raises(StoppedError):
+        learn_schedule(tiny(), interrupted(data, 8), PROBE, directory=tmp_path)
+    with open(tmp_path / "metrics.jsonl", "a") as log:
+        log.write('{"step": 9, "lo')
+    learn_schedule(tiny(), data, PROBE, directory=tmp_path)
+    assert [row["step"] for row in log_without_speed(tmp_path / "metrics.jsonl")] == [3, 6, 9, 12]
+
+
+def test_groups_that_differ_are_refused(data):
+    with pytest.raises(ValueError, match=r"groups \('texture', 'depth'\)"):
+        train(tiny(), SynchronousSchedule(names=("texture", "depth")), data, TRAIN)
+    other = TensorLatents(LatentSpec([Group("texture", 2), Group("semantic", 3)]), data.latents, data.labels)
+    with pytest.raises(ValueError, match=r"\(3, 2\) channels, the latents \(2, 3\)"):
+        train(tiny(), SynchronousSchedule(), other, TRAIN)
+
+
+def test_burn_in_must_leave_something_to_average():
+    with pytest.raises(ValueError, match="rho is averaged after it"):
+        ProbeConfig(steps=10, burn_in=10)
+
+
+# --- collapse and selection --------------------------------------------------------------------------------------
+
+
+def test_delay_is_the_area_share():
+    """0 for the identity, 1 for tau^5, and the area by quadrature in between."""
+    identity = PolynomialSchedule(rho=[10.0, -40.0, -40.0, -40.0, -40.0])
+    extreme = PolynomialSchedule(rho=[-40.0, -40.0, -40.0, -40.0, 10.0])
+    assert delay(identity) == pytest.approx(0.0, abs=1e-9)
+    assert delay(extreme) == pytest.approx(1.0, abs=1e-9)
+    between = PolynomialSchedule(rho=[0.3, -1.0, 0.5, -2.0, 1.0])
+    tau = torch.linspace(0, 1, 20001, dtype=torch.float64)
+    with torch.no_grad():
+        t = between(tau).t[:, 0]
+    assert delay(between) == pytest.approx(float(torch.trapezoid(tau - t, tau)) / (1 / 2 - 1 / 6), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("collapsed", "picked"),
+    [
+        ([True, True, False, False], 0.04),
+        ([False, False, False, False], 0.0),
+        ([True, False, True, False], 0.1),
+        ([True, True, True, True], None),
+    ],
+)
+def test_the_weakest_stable_value_is_picked(collapsed, picked):
+    assert weakest_stable([0.0, 0.02, 0.04, 0.1][: len(collapsed)], collapsed) == (picked if picked != 0.04 else 0.04)
+
+
+def test_sweep_round_trip_and_continuation(tmp_path, data):
+    config = replace(PROBE, steps=6, burn_in=2)
+    sweep = sweep_kinetic(tiny, data, config, [0.5, 0.0], directory=tmp_path)
+    assert sweep.kinetics == (0.0, 0.5)
+    again = sweep_kinetic(tiny, data, config, [0.0, 0.5], directory=tmp_path)
+    assert all(torch.equal(a.schedule.rho, b.schedule.rho) for a, b in zip(sweep.probes, again.probes, strict=True))
+    sweep.save(tmp_path / "sweep.json")
+    loaded = Sweep.load(tmp_path / "sweep.json")
+    assert loaded.picked == sweep.picked
+    assert loaded.probes[1].history == sweep.probes[1].history
+    assert torch.equal(loaded.schedule.rho, sweep.schedule.rho)
+    stored = load_schedule(tmp_path / "lambda-0.5" / "schedule.json", SPEC.names)
+    assert stored.provenance["probe"]["kinetic"] == 0.5
+
+
+def test_sweep_without_a_stable_value_says_so():
+    extreme = LearnedSchedule(PolynomialSchedule(rho=[-9.0, -9.0, -9.0, -9.0, 9.0]), [], 0.99)
+    assert extreme.delay > COLLAPSE_DELAY
+    with pytest.raises(ValueError, match=r"every probe collapsed .* lambda = 0.04"):
+        _ = Sweep((0.04,), (extreme,), None).schedule

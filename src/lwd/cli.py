@@ -26,7 +26,7 @@ def demo(
         budget: factor on training steps and image counts; 0.1 for a quick look, 4 for better images.
         seed: of everything random.
         device: auto, cpu, cuda, cuda:1 ...
-        compile: compile the networks; by default where a C++ compiler is found.
+        compile: compile the networks; by default on a GPU.
     """
     from lwd.demo import run_demo
 
@@ -72,18 +72,19 @@ def probe(
         budget: factor on the probe's steps.
         seed: of everything random.
         device: auto, cpu, cuda, cuda:1 ...
-        compile: compile the network; by default where a C++ compiler is found.
+        compile: compile the network; by default on a GPU.
     """
     from lwd.data import LatentDataset
     from lwd.probe import sweep_kinetic
     from lwd.recipes import get_recipe
-    from lwd.runs import can_compile, initial_denoiser, pick_device, write_run_config
+    from lwd.runs import default_compile, default_precision, initial_denoiser, pick_device, write_run_config
 
     chosen = get_recipe(recipe).scaled(budget)
     if chosen.probe is None:
         raise ValueError(f"recipe {recipe!r} has the fixed schedule {chosen.schedule!r}; there is nothing to probe")
-    config = replace(chosen.probe, seed=seed, compile=can_compile() if compile is None else compile)
     where = pick_device(device)
+    compiled = default_compile(where) if compile is None else compile
+    config = replace(chosen.probe, seed=seed, compile=compiled, precision=default_precision(where))
     data = LatentDataset.open(latents).to_memory(where)
     write_run_config(out, where, recipe=recipe, latents=str(latents), probe=config, backbone=chosen.backbone)
     sweep = sweep_kinetic(
@@ -122,11 +123,11 @@ def train(
         budget: factor on the training steps.
         seed: of everything random.
         device: auto, cpu, cuda, cuda:1 ...
-        compile: compile the network; by default where a C++ compiler is found.
+        compile: compile the network; by default on a GPU.
     """
     from lwd.data import LatentDataset
     from lwd.recipes import get_recipe, make_schedule
-    from lwd.runs import can_compile, initial_denoiser, pick_device, write_run_config
+    from lwd.runs import default_compile, default_precision, initial_denoiser, pick_device, write_run_config
     from lwd.training import train as run_training
 
     chosen = get_recipe(recipe).scaled(budget)
@@ -137,7 +138,8 @@ def train(
         )
     where = pick_device(device)
     data = LatentDataset.open(latents).to_memory(where)
-    config = replace(chosen.train, seed=seed, compile=can_compile() if compile is None else compile)
+    compiled = default_compile(where) if compile is None else compile
+    config = replace(chosen.train, seed=seed, compile=compiled, precision=default_precision(where))
     denoiser = initial_denoiser(chosen.backbone, seed)
     write_run_config(out, where, recipe=recipe, latents=str(latents), train=config, backbone=chosen.backbone)
     epochs = config.steps * config.batch_size / len(data)
@@ -180,14 +182,16 @@ def sample(
         batch: images at a time; does not change them.
         device: auto, cpu, cuda, cuda:1 ...
     """
-    from lwd.runs import draw_images, load_run, pick_device
+    from lwd.generation import draw_images
+    from lwd.runs import load_run, pick_device
 
     where = pick_device(device)
     drawn = draw_images(
         load_run(run, where),
-        None if weak is None else load_run(weak, where),
         count=images,
+        device=where,
         labels=labels,
+        weak=None if weak is None else load_run(weak, where),
         solver=solver,
         steps=steps,
         scale=scale,
@@ -195,7 +199,7 @@ def sample(
         batch=batch,
     )
     drawn.save(out)
-    print(f"{len(drawn.labels)} images in {out}, {drawn.evaluations.max()} model evaluations each at most.")
+    print(f"{images} images in {out}, at most {int(drawn.evaluations.max())} model evaluations each.")
 
 
 def evaluate(samples: Path, reference: Path, judge: Path, out: Path | None = None) -> None:
@@ -211,7 +215,7 @@ def evaluate(samples: Path, reference: Path, judge: Path, out: Path | None = Non
     """
     import json
 
-    from lwd.evaluation.small_data import evaluate_files
+    from lwd.evaluation import evaluate_files
     from lwd.files import write_json
 
     result = evaluate_files(samples, reference, judge)

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,23 +22,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lwd.backbones import LightningDiT, LightningDiTConfig
-from lwd.data.embedded import encode_embedded, load_embedded_images
-from lwd.data.shards import LatentDataset
+from lwd.data import LatentDataset, TensorLatents
+from lwd.data.embedded import CLASS_NAMES, encode_embedded, load_embedded_images
 from lwd.encoders.efficientnet import EfficientNetFeatures
-from lwd.encoders.pixels import PixelPatches
-from lwd.evaluation import Judge, evaluate_images, train_judge
-from lwd.files import read_json, write_atomically, write_json
-from lwd.guidance import AutoGuidance
-from lwd.objective import Denoiser
+from lwd.evaluation import Judge, evaluate_images, reference_features, train_judge
+from lwd.files import read_json, write_json
+from lwd.generation import DrawnImages, channels_last, draw_images, image_seed, save_npz
 from lwd.probe import Sweep, sweep_kinetic
-from lwd.progress import Progress, duration
+from lwd.progress import counting, duration
 from lwd.randomness import derived_seed
 from lwd.recipes import Recipe, get_recipe, make_schedule
-from lwd.runs import can_compile, describe_machine, describe_versions, pick_device
+from lwd.runs import (
+    TrainedRun,
+    default_compile,
+    default_precision,
+    initial_denoiser,
+    load_run,
+    pick_device,
+    write_run_config,
+)
 from lwd.sampling import sample, seeded_noise
 from lwd.schedules import Schedule
-from lwd.training import TrainConfig, autocast, to_json, train
+from lwd.training import Precision, train
 
 TITLES = {
     "learned": "learned schedule",
@@ -54,6 +59,8 @@ RECIPE_OF = {
 }
 GUIDANCE_SCALE = 1.5
 """As the paper's for its 80- and 200-epoch models."""
+TRAJECTORY_IMAGE = 8
+"""Which image of the judged sets is shown on its way."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,8 @@ class DemoConfig:
     solver: str = "heun"
     steps: int = 12
     evaluation_steps: tuple[int, ...] = (2, 4, 8)
-    precision: str = "bf16"
-    compile: bool = True
+    precision: Precision = "bf16"
+    compile: bool = False
 
     @property
     def scaled_images(self) -> int:
@@ -102,11 +109,10 @@ class Demo:
 
     def run(self) -> Path:
         """All stages; returns the path of the page."""
-        from lwd.report import write_report
 
         self.write_config()
         with self.stages.stage("encode"):
-            encode_embedded(self.directory / "latents", progress=_counting("encode images", "image"))
+            encode_embedded(self.directory / "latents", progress=counting("encode images", "image"))
         with self.stages.stage("judges"):
             self.judges.prepare()
         with self.stages.stage("sweep"):
@@ -119,46 +125,35 @@ class Demo:
         with self.stages.stage("sample and judge"):
             for arm in TITLES:
                 results["arms"][arm] = self.judge_arm(arm, schedules[arm])
-            self.trajectory(schedules["learned"])
+            self.trajectory()
         results["seconds"] = self.stages.seconds
         write_json(self.directory / "results.json", results)
+        from lwd.report import write_report
+
         return write_report(self.directory)
 
     # --- stages ----------------------------------------------------------------------------------------------------
 
     def write_config(self) -> None:
         path = self.directory / "config.json"
+        learned, weak = self.recipes["learned"], self.recipes["weak"]
+        assert learned.probe is not None
         settings = {
-            "demo": to_json(self.config),
-            "probe": to_json(self.recipes["learned"].probe),
-            "sweep": {"kinetics": list(self.recipes["learned"].kinetics)},
-            "backbone": self.recipes["learned"].backbone.to_dict(),
-            "train": to_json(self.recipes["learned"].train),
-            "weak backbone": self.recipes["weak"].backbone.to_dict(),
-            "weak train": to_json(self.recipes["weak"].train),
+            "demo": asdict(self.config),
+            "probe": asdict(learned.probe) | {"kinetic": list(learned.kinetics)},
+            "backbone": learned.backbone.to_dict(),
+            "train": asdict(learned.train),
+            "weak backbone": weak.backbone.to_dict(),
+            "weak train": asdict(weak.train),
             "guidance": {"scale": GUIDANCE_SCALE},
-            "data": {"name": "Fashion-MNIST, embedded part", "class_names": list(load_embedded_images()[2])},
+            "data": {"name": "Fashion-MNIST, embedded part", "class_names": list(CLASS_NAMES)},
         }
         settings = json.loads(json.dumps(settings))
-        if path.exists() and read_json(path)["settings"] != settings:
-            raise ValueError(
-                f"{self.directory} holds a demo with other settings; delete it or pass another --directory to start anew"
-            )
         if not path.exists():
-            from lwd import __version__
-
-            write_json(
-                path,
-                {
-                    "command": "lwd " + " ".join(sys.argv[1:]),
-                    "version": __version__,
-                    "budget": self.config.budget,
-                    "seed": self.config.seed,
-                    "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                    "machine": describe_machine(self.device),
-                    "versions": describe_versions(),
-                    "settings": settings,
-                },
+            write_run_config(self.directory, self.device, **settings)
+        elif read_json(path)["settings"] != settings:
+            raise ValueError(
+                f"{self.directory} holds a demo with other settings; delete it or pass another --directory"
             )
 
     @cached_property
@@ -166,13 +161,8 @@ class Demo:
         return Judges(self.directory, self.config, self.device)
 
     @cached_property
-    def latents(self) -> LatentDataset:
+    def latents(self) -> TensorLatents:
         return LatentDataset.open(self.directory / "latents" / "train").to_memory(self.device)
-
-    def initial(self, backbone: LightningDiTConfig) -> LightningDiT:
-        """A fresh network; the same weights for every arm and every lambda."""
-        torch.manual_seed(derived_seed(self.config.seed, "weights"))
-        return LightningDiT(backbone)
 
     def sweep(self) -> Sweep:
         path = self.directory / "sweep.json"
@@ -181,7 +171,7 @@ class Demo:
         recipe = self.recipes["learned"]
         assert recipe.probe is not None
         sweep = sweep_kinetic(
-            lambda: self.initial(recipe.backbone),
+            lambda: initial_denoiser(recipe.backbone, self.config.seed),
             self.latents,
             recipe.probe,
             recipe.kinetics,
@@ -204,7 +194,7 @@ class Demo:
             return
         recipe = self.recipes[arm]
         train(
-            self.initial(recipe.backbone),
+            initial_denoiser(recipe.backbone, self.config.seed),
             schedule,
             self.latents,
             recipe.train,
@@ -213,123 +203,86 @@ class Demo:
             title=f"train {arm}",
         )
 
-    def denoiser(self, arm: str, snapshot: int | None = None) -> Denoiser:
-        """The averaged network of an arm, at the end or at a snapshot."""
-        directory = self.directory / "train" / arm
-        model = LightningDiT.from_pretrained(directory / "model")
-        if snapshot is not None:
-            from safetensors.torch import load_file
+    def load(self, arm: str, snapshot: int | None = None) -> TrainedRun:
+        return load_run(self.directory / "train" / arm, self.device, snapshot=snapshot, precision=self.config.precision)
 
-            model.load_state_dict(load_file(directory / "snapshots" / f"{snapshot:08}.safetensors"), strict=False)
-        model = model.to(self.device).eval()
-
-        def denoise(z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-            with autocast(self.recipes[arm].train.precision, self.device):
-                return model(z, t, labels)
-
-        denoise.spec = model.spec  # type: ignore[attr-defined]
-        return denoise
+    def draw(
+        self, run: TrainedRun, title: str, *, steps: int | None = None, weak: TrainedRun | None = None
+    ) -> DrawnImages:
+        """One judged set; image i has the same noise and class in every set."""
+        return draw_images(
+            run,
+            count=self.config.scaled_images,
+            device=self.device,
+            weak=weak,
+            scale=GUIDANCE_SCALE,
+            solver=self.config.solver,
+            steps=steps or self.config.steps,
+            seed=self.config.seed,
+            title=title,
+        )
 
     def judge_arm(self, arm: str, schedule: Schedule) -> dict[str, Any]:
         """Samples of one arm, judged: at the end, at its snapshots and at other numbers of evaluations."""
-        path = self.directory / "train" / arm / "judged.json"
+        path = self.directory / "judged" / f"{arm}.json"
         if path.exists():
             judged: dict[str, Any] = read_json(path)
             return judged
         guided = arm == "autoguidance"
         source = "learned" if guided else arm
-        recipe: TrainConfig = self.recipes[source].train
-        final = self.denoiser(source)
-        if guided:
-            final = AutoGuidance(final, self.denoiser("weak"), GUIDANCE_SCALE)
-        images, labels, evaluations = self.generate(final, schedule, self.config.steps, f"sample {arm}")
-        path_samples = self.directory / "samples" / f"{arm}.npz"
-        write_atomically(path_samples, lambda p: _save_npz(p, images=images, labels=labels))
+        run, recipe = self.load(source), self.recipes[source].train
+        drawn = self.draw(run, f"sample {arm}", weak=self.load("weak") if guided else None)
+        save_npz(self.directory / "samples" / f"{arm}.npz", images=drawn.images.numpy(), labels=drawn.labels.numpy())
+        final = self.judges.judge(drawn.images, drawn.labels)
+        evaluations = {"evaluations": int(drawn.evaluations.max()), "solver": self.config.solver}
         summary: dict[str, Any] = {
             "title": TITLES[arm],
             "schedule": schedule.to_dict(),
             "guidance": GUIDANCE_SCALE if guided else None,
-            "final": self.judges.judge(images, labels)
-            | {"evaluations": evaluations, "solver": self.config.solver, "images": len(images)},
+            "final": final | evaluations,
             "by_step": [],
             "by_evaluations": [],
             "steps": recipe.steps,
-            "parameters": sum(p.numel() for p in LightningDiT(self.recipes[source].backbone).parameters()),
+            "parameters": run.parameters,
             "train_seconds": self.stages.seconds.get(f"train {source}", 0.0),
         }
         if not guided:
             for step in recipe.snapshots:
-                denoiser = self.denoiser(arm, step)
-                drawn, labels, _ = self.generate(denoiser, schedule, self.config.steps, f"{arm} at step {step}")
+                drawn = self.draw(self.load(arm, step), f"{arm}, step {step}")
                 summary["by_step"].append({"step": step, **self.judges.distances(drawn)})
             for steps in self.config.evaluation_steps:
-                drawn, labels, used = self.generate(
-                    final, schedule, max(steps, len(schedule.kinks) + 1), f"{arm}, few steps"
-                )
-                entry = {"evaluations": used, "solver": self.config.solver, **self.judges.distances(drawn)}
-                summary["by_evaluations"].append(entry)
-            last = {name: summary["final"][name] for name in ("fd_embedded", "fd_judge")}
+                drawn = self.draw(run, f"{arm}, {steps} steps", steps=steps)
+                used = {"evaluations": int(drawn.evaluations.max()), "solver": self.config.solver}
+                summary["by_evaluations"].append(used | self.judges.distances(drawn))
+            last = {name: final[name] for name in ("fd_embedded", "fd_judge")}
             summary["by_step"].append({"step": recipe.steps, **last})
-            summary["by_evaluations"].append({"evaluations": evaluations, "solver": self.config.solver, **last})
+            summary["by_evaluations"].append(evaluations | last)
         write_json(path, summary)
         return summary
 
-    def generate(
-        self, denoiser: Denoiser, schedule: Schedule, steps: int, title: str
-    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], int]:
-        """Images [N, 32, 32] uint8 with classes in turn, and evaluations per image. Image i has seed i in every set."""
-        count, batch = self.config.scaled_images, 250
-        spec, grid = self.latents.spec, self.latents.grid
-        labels = torch.arange(count) % 10
-        images, evaluations = [], 0
-        with Progress(title, count, unit="image") as progress:
-            for start in range(0, count, batch):
-                rows = range(start, min(start + batch, count))
-                seeds = [derived_seed(self.config.seed, "sample", i) for i in rows]
-                result = sample(
-                    denoiser,
-                    schedule,
-                    seeded_noise(seeds, (spec.channels, *grid), self.device),
-                    labels[rows.start : rows.stop].to(self.device),
-                    solver=self.config.solver,
-                    steps=steps,
-                )
-                evaluations = result.evaluations
-                images.append(self.decode(result.latents))
-                progress.advance(len(rows))
-        return torch.cat(images).numpy(), labels.numpy(), evaluations
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Normalised composite latents -> images [N, 32, 32] uint8 from the texture group."""
-        latents = self.latents.normalization.denormalize(latents.float().cpu())
-        return PixelPatches(8).decode(self.latents.spec.split(latents)[0]).squeeze(1)
-
-    def trajectory(self, schedule: Schedule) -> None:
+    def trajectory(self) -> None:
         """States of one image along the learned schedule (the paper's Figure 1)."""
         path = self.directory / "trajectory.npz"
         if path.exists():
             return
         taus = [0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0]
-        label = 8
-        denoiser, spec = self.denoiser("learned"), self.latents.spec
-        # Image `label` of the judged set: its seed and class, so the page can show it in its grid too.
-        noise = seeded_noise([derived_seed(self.config.seed, "sample", label)], (spec.channels, *self.latents.grid))
+        run, index = self.load("learned"), TRAJECTORY_IMAGE
+        spec, label = run.spec, index % run.config.num_classes
+        noise = seeded_noise([image_seed(self.config.seed, index)], (spec.channels, *run.grid), self.device)
         labels = torch.tensor([label], device=self.device)
-        result = sample(denoiser, schedule, noise.to(self.device), labels, solver="heun", steps=40, record=taus)
-        t = schedule(torch.tensor(taus)).t
+        result = sample(run.denoiser, run.schedule, noise, labels, solver="heun", steps=40, record=taus, spec=spec)
+        t = run.schedule(torch.tensor(taus, device=self.device)).t
         rows: dict[str, list[Tensor]] = {"texture": [], "semantic": [], "predicted": []}
-        for state, t_tau in zip(result.states, t, strict=True):
-            t_row = t_tau[None].to(self.device)
-            with torch.no_grad():
-                # x1 = z + (1 - t) u (Eq. 4), with the predicted velocity for u.
-                predicted = state + spec.expand(1 - t_row) * denoiser(state, t_row, labels).float()
-            rows["texture"].append(self.decode(state)[0])
-            rows["predicted"].append(self.decode(predicted)[0])
+        for state, t_tau in zip(result.states, t[:, None], strict=True):
+            # x1 = z + (1 - t) u (Eq. 4), with the predicted velocity for u.
+            predicted = state + spec.expand(1 - t_tau) * run.denoiser(state, t_tau, labels).float()
+            rows["texture"].append(channels_last(run.decode(state))[0])
+            rows["predicted"].append(channels_last(run.decode(predicted))[0])
             # The semantic channels are normalised principal components: the first three as red, green and blue.
             semantic = spec.split(state)[1][0, :3].permute(1, 2, 0).float().cpu()
             rows["semantic"].append((127.5 + 51 * semantic).clamp(0, 255).to(torch.uint8))
         arrays = {name: torch.stack(images).numpy() for name, images in rows.items()}
-        write_atomically(path, lambda p: _save_npz(p, tau=np.array(taus), t=t.numpy(), label=np.array(label), **arrays))
+        save_npz(path, tau=np.array(taus), t=t.cpu().numpy(), label=np.array(label), **arrays)
 
 
 class Judges:
@@ -340,30 +293,28 @@ class Judges:
         self.path = directory / "judge" / "judge.safetensors"
 
     def prepare(self) -> None:
+        """Train the judge, and judge real training images, the floor for everything generated."""
+        train_part, heldout = load_embedded_images("train"), load_embedded_images("heldout")
         if not self.path.exists():
-            images, labels, _ = load_embedded_images("train")
-            judge = train_judge(
-                images,
-                labels,
+            train_judge(
+                train_part.images,
+                train_part.labels,
                 seed=derived_seed(self.config.seed, "judge"),
                 steps=max(20, round(600 * min(self.config.budget, 1.0))),
                 device=self.device,
-                progress=_counting("train judge", "step"),
-            )
-            judge.save(self.path)
+                progress=counting("train judge", "step"),
+            ).save(self.path)
         floor = self.path.with_name("floor.json")
         if not floor.exists():
-            images, labels, _ = load_embedded_images("train")
-            count = self.config.scaled_images
-            write_json(floor, self.judge(images[:count].numpy(), labels[:count].numpy()) | {"images": count})
-        real = self.directory / "samples" / "real.npz"
-        if not real.exists():
-            images, labels, _ = load_embedded_images("heldout")
-            write_atomically(real, lambda p: _save_npz(p, images=images.numpy(), labels=labels.numpy()))
+            # One image of every class in turn, like the generated sets.
+            order = train_part.labels.argsort(stable=True).view(len(CLASS_NAMES), -1).T.flatten()
+            chosen = order[: self.config.scaled_images]
+            write_json(floor, self.judge(train_part.images[chosen], train_part.labels[chosen]))
+        save_npz(self.directory / "samples" / "real.npz", images=heldout.images.numpy(), labels=heldout.labels.numpy())
 
     @cached_property
     def network(self) -> Judge:
-        return Judge.load(self.path).to(self.device)
+        return Judge.load(self.path, self.device)
 
     @cached_property
     def embedded(self) -> EfficientNetFeatures:
@@ -371,30 +322,18 @@ class Judges:
 
     @cached_property
     def reference(self) -> dict[str, Tensor]:
-        """Features of the held-out images by both networks; the embedded one's come from disk when there."""
-        images = load_embedded_images("heldout")[0]
-        path = self.path.with_name("reference.npz")
-        if not path.exists():
-            features = {"embedded": self.embedded_features(images), "judge": self.network.features(images)}
-            write_atomically(path, lambda p: _save_npz(p, **{k: v.cpu().numpy() for k, v in features.items()}))
-        with np.load(path) as stored:
-            return {name: torch.from_numpy(stored[name]) for name in stored.files}
-
-    def embedded_features(self, images: Tensor) -> Tensor:
-        return self.embedded.pooled(images)
-
-    def judge(self, images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> dict[str, Any]:
-        return evaluate_images(
-            torch.from_numpy(images),
-            torch.from_numpy(labels),
-            judge=self.network,
-            embedded=self.embedded_features,
-            reference=self.reference,
+        return reference_features(
+            load_embedded_images("heldout").images, judge=self.network, embedded=self.embedded.pooled
         )
 
-    def distances(self, images: np.ndarray[Any, Any]) -> dict[str, float]:
-        found = self.judge(images, np.zeros(len(images), dtype=np.int64))
-        return {name: found[name] for name in ("fd_embedded", "fd_judge")}
+    def judge(self, images: Tensor, labels: Tensor) -> dict[str, float]:
+        return evaluate_images(
+            images, labels, judge=self.network, embedded=self.embedded.pooled, reference=self.reference
+        )
+
+    def distances(self, drawn: DrawnImages) -> dict[str, float]:
+        judged = self.judge(drawn.images, drawn.labels)
+        return {name: judged[name] for name in ("fd_embedded", "fd_judge")}
 
     def floor(self) -> dict[str, Any]:
         floor: dict[str, Any] = read_json(self.path.with_name("floor.json"))
@@ -430,27 +369,15 @@ class Stages:
             write_json(self.path, self.seconds)
 
 
-def _counting(title: str, unit: str) -> Any:
-    """A ``progress(done, total)`` callback that shows a `Progress`."""
-    state: dict[str, Progress] = {}
-
-    def report(done: int, total: int) -> None:
-        if title not in state:
-            state[title] = Progress(title, total, unit=unit).__enter__()
-        state[title].reach(done)
-
-    return report
-
-
-def _save_npz(path: Path, **arrays: np.ndarray[Any, Any]) -> None:
-    with open(path, "wb") as file:
-        np.savez_compressed(file, **arrays)
-
-
 def run_demo(
     directory: Path | str, *, budget: float = 1.0, seed: int = 0, device: str = "auto", compiled: bool | None = None
 ) -> Path:
     """Run or continue a demo; returns the page."""
     chosen = pick_device(device)
-    config = DemoConfig(budget=budget, seed=seed, compile=can_compile() if compiled is None else compiled)
+    config = DemoConfig(
+        budget=budget,
+        seed=seed,
+        precision=default_precision(chosen),
+        compile=default_compile(chosen) if compiled is None else compiled,
+    )
     return Demo(Path(directory), config, chosen).run()

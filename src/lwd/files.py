@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
 
 
 def _free_bytes(path: Path) -> int:
-    usage = os.statvfs(path.parent)
-    return usage.f_bavail * usage.f_frsize
+    return shutil.disk_usage(path.parent).free
 
 
 def write_text(path: str | Path, text: str) -> Path:

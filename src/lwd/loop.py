@@ -71,7 +71,8 @@ def run_job(
         NonFiniteLossError: the last good checkpoint is kept.
         ValueError: the checkpoint in `directory` belongs to another configuration, or is damaged.
     """
-    done, history = 0, []
+    done = 0
+    history: list[dict[str, Any]] = []
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         done, history = _resume(job, directory, identity)

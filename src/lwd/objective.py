@@ -101,7 +101,7 @@ def schedule_objective(
     """
     _check_choice("jacobian", jacobian, Jacobian)
     times = schedule(tau)
-    velocity = _at_least_float32(denoiser(interpolate(x0, x1, times.t, spec), times.t, labels))
+    velocity = _checked_velocity(denoiser(interpolate(x0, x1, times.t, spec), times.t, labels), x1)
     per_group = spec.group_mean((velocity - target_velocity(x0, x1)) ** 2)
     flow = _flow_loss(per_group, times.dt, spec, jacobian, reduction)
     speed = times.dt**2 * spec.group_mean(velocity**2)
@@ -145,7 +145,7 @@ def denoiser_objective(
         velocity, tokens = cast(ProjectingDenoiser, denoiser)(z, times.t, labels, return_projection=True)
     else:
         velocity = cast(Denoiser, denoiser)(z, times.t, labels)
-    velocity = _at_least_float32(velocity)
+    velocity = _checked_velocity(velocity, x1)
     per_group = spec.group_mean((velocity - u) ** 2)
     flow = _flow_loss(per_group, times.dt, spec, jacobian, reduction)
     direction = (1 - F.cosine_similarity(velocity, u, dim=1)).mean()
@@ -186,8 +186,10 @@ def sample_tau(
     return torch.randn(batch, generator=generator, device=device).sigmoid()
 
 
-def _at_least_float32(velocity: Tensor) -> Tensor:
-    """Losses are computed in float32 (or float64) whatever precision the network ran in."""
+def _checked_velocity(velocity: Tensor, like: Tensor) -> Tensor:
+    """In float32 (or float64) whatever precision the network ran in; a wrong shape must not broadcast."""
+    if velocity.shape != like.shape:
+        raise ValueError(f"the denoiser returned {tuple(velocity.shape)} for a state of {tuple(like.shape)}")
     return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
 
 

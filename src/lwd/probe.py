@@ -144,9 +144,7 @@ class _Probe:
         device: torch.device,
     ) -> None:
         self.denoiser, self.schedule, self.data, self.config = denoiser.train(), schedule, data, config
-        self.batches = Batches(
-            data, config.batch_size, config.seed, config.label_dropout, denoiser, device, config.flips
-        )
+        self.batches = Batches(data, config, denoiser, device)
         self.forward = prepare_forward(denoiser, config.precision, config.compile, device)
         # The REPA projector, if the network has one, gets no gradient here; AdamW skips it.
         self.optimizer = torch.optim.AdamW(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -62,6 +63,20 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def counting(title: str, unit: str) -> Callable[[int, int], None]:
+    """A ``report(done, total)`` callback that shows a `Progress` from its first call to the one with done = total."""
+    shown: list[Progress] = []
+
+    def report(done: int, total: int) -> None:
+        if not shown:
+            shown.append(Progress(title, total, unit=unit).__enter__())
+        shown[0].reach(done)
+        if done >= total:
+            shown.pop().__exit__(None, None, None)
+
+    return report
 
 
 def duration(seconds: float) -> str:

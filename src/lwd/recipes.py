@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from lwd.backbones import LightningDiTConfig, lightningdit_config
-from lwd.latents import IMAGENET_SPEC, Group, LatentSpec
+from lwd.data.embedded import EMBEDDED_SPEC
+from lwd.latents import IMAGENET_SPEC
 from lwd.probe import ProbeConfig
 from lwd.schedules import (
     CascadedSchedule,
@@ -103,16 +104,12 @@ def make_schedule(text: str, names: Sequence[str]) -> Schedule:
         raise ValueError(f"schedule {text!r}: {error}") from error
     if not Path(text).exists():
         raise ValueError(
-            f"no schedule {text!r}: give synchronous, cascaded, offset[:delta], shifted:a,b or the path of a schedule file"
+            f"no schedule {text!r}: give synchronous, cascaded, offset[:delta], shifted:a,b or a schedule file"
         )
     return load_schedule(text, names)
 
 
 # --- the embedded data set: minutes on two cores -----------------------------------------------------------------
-
-EMBEDDED_SPEC = LatentSpec([Group("texture", 64, 1.0), Group("semantic", 16, 4.0)])
-"""8x8 pixel patches on a 4x4 grid, and 16 principal components of a pretrained network's features. As in the paper,
-w_sem balances the two groups' channels under the global mean (64 = 4 x 16)."""
 
 _DEMO_OPTIMIZER = OptimizerConfig(lr=1.5e-3, warmup_steps=60, decay="linear")
 

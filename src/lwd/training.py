@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -112,7 +113,7 @@ def train(
 
     Args:
         denoiser: a freshly initialised network; trained in place.
-        directory: gets ``checkpoint.pt``, ``metrics.jsonl``, ``schedule.json``, ``normalization.json``, snapshots of
+        directory: gets ``checkpoint.pt``, ``metrics.jsonl``, ``schedule.json``, ``latents.json``, snapshots of
             the averaged weights, and, for a network that can `save_pretrained`, the result as ``model/``.
 
     Raises:
@@ -131,7 +132,8 @@ def train(
     }
     if directory is not None:
         schedule.save(directory / "schedule.json")
-        write_json(directory / "normalization.json", data.normalization.to_dict())
+        latents = {"normalization": data.normalization.to_dict(), "encoders": getattr(data, "encoders", {})}
+        write_json(directory / "latents.json", latents)
     history = run_job(
         job,
         config.steps,
@@ -144,8 +146,9 @@ def train(
     )
     job.copy_average_to(denoiser)
     denoiser.eval()
-    if directory is not None and hasattr(denoiser, "save_pretrained"):
-        denoiser.save_pretrained(directory / "model")
+    save = getattr(denoiser, "save_pretrained", None)
+    if directory is not None and callable(save):
+        save(directory / "model")
     return TrainResult(denoiser, history)
 
 
@@ -164,9 +167,7 @@ class _Training:
         self.denoiser, self.schedule, self.data, self.config, self.directory = (
             denoiser.train(), schedule, data, config, directory
         )  # fmt: skip
-        self.batches = Batches(
-            data, config.batch_size, config.seed, config.label_dropout, denoiser, device, config.flips
-        )
+        self.batches = Batches(data, config, denoiser, device)
         self.forward = prepare_forward(denoiser, config.precision, config.compile, device)
         self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
         self.average = [p.detach().clone() for p in self.parameters]
@@ -201,7 +202,7 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
         terms.total.backward()
         self.optimizer.step()
-        torch._foreach_lerp_(self.average, self.parameters, 1 - config.ema)
+        torch._foreach_lerp_(self.average, list[Tensor](self.parameters), 1 - config.ema)
         if step + 1 in config.snapshots and self.directory is not None:
             self.save_average(self.directory / "snapshots" / f"{step + 1:08}.safetensors")
         metrics = {"loss": terms.total, "flow": terms.flow, "cosine": terms.cosine, "repa": terms.repa}
@@ -328,8 +329,6 @@ def check_groups(data: LatentSource, schedule: Schedule, denoiser: nn.Module) ->
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A configuration as plain JSON values (tuples become lists)."""
-    return {
-        key: list(value) if isinstance(value, tuple) else to_json(value) if isinstance(value, dict) else value
-        for key, value in dataclasses.asdict(config).items()
-    }
+    """A configuration as JSON reads it back (tuples become lists)."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain

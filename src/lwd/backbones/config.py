@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from lwd.latents import Group, LatentSpec
@@ -18,9 +18,16 @@ class LightningDiTConfig:
         groups: the latent's groups; their channels in order are the network's channels.
         input_size: side of the square latent grid.
         num_classes: classes 0 ... num_classes - 1; one more embedding stands for "no label".
+        patch_size: side of the square of latent positions that makes one token.
+        mlp_ratio: hidden width of the plain MLP that the SwiGLU replaces at equal parameters, over the hidden size.
         clocks: time embedders: one per group (None), or 1 for a synchronous model, which reads the last group's time.
-        repa_depth: block whose output is projected for REPA; None for no projector.
+        qk_norm: RMSNorm on the queries and keys of every head; some LightningDiT checkpoints are without.
+        repa_depth: block, counted from 1, whose output is projected for REPA; None for no projector.
         repa_dim: width of the features that REPA aligns to.
+        repa_projector_dim: hidden width of the projector.
+
+    Raises:
+        ValueError: values that do not go together.
     """
 
     groups: tuple[Group, ...]
@@ -32,27 +39,30 @@ class LightningDiTConfig:
     patch_size: int = 1
     mlp_ratio: float = 4.0
     clocks: int | None = None
+    qk_norm: bool = True
     repa_depth: int | None = None
     repa_dim: int = 768
     repa_projector_dim: int = 2048
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "groups", tuple(self.groups))
+        object.__setattr__(self, "groups", LatentSpec(self.groups).groups)
         if self.clocks is None:
             object.__setattr__(self, "clocks", len(self.groups))
+        for name in _COUNTS:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be an integer of at least 1")
         if self.clocks not in (1, len(self.groups)):
             raise ValueError(f"clocks is {self.clocks}; use 1, or {len(self.groups)} for one per group")
         if self.input_size % self.patch_size:
             raise ValueError(f"a grid of {self.input_size} cannot be cut into patches of {self.patch_size}")
-        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 4:
+        if self.hidden_size % (4 * self.num_heads):
             raise ValueError(
                 f"hidden_size {self.hidden_size} over {self.num_heads} heads: the head width must be a whole multiple "
                 "of 4, for the 2-D rotation"
             )
-        if self.hidden_size % 4:
-            raise ValueError(f"hidden_size {self.hidden_size} must be a multiple of 4, for the 2-D positions")
-        if self.depth < 1 or self.num_classes < 1:
-            raise ValueError(f"depth ({self.depth}) and num_classes ({self.num_classes}) must be at least 1")
+        if self.mlp_hidden < 1:
+            raise ValueError(f"mlp_ratio {self.mlp_ratio} leaves the MLP without hidden units")
         if self.repa_depth is not None and not 1 <= self.repa_depth <= self.depth:
             raise ValueError(f"repa_depth {self.repa_depth} is not one of the {self.depth} blocks (counted from 1)")
 
@@ -73,15 +83,23 @@ class LightningDiTConfig:
         return (*[share] * (self.clocks - 1), share + rest)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; `from_dict` reads them back."""
         return asdict(self) | {"groups": self.spec.to_dict()}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> LightningDiTConfig:
+        """The configuration that `to_dict` wrote; ValueError names fields that are missing or unknown."""
+        check_fields(data)
         try:
             return cls(**data | {"groups": LatentSpec.from_dict(data["groups"]).groups})
         except (TypeError, KeyError) as error:
             raise ValueError(f"not a LightningDiT configuration: {error}") from error
 
+
+_COUNTS = (
+    *("input_size", "num_classes", "hidden_size", "depth", "num_heads", "patch_size", "clocks"),
+    *("repa_dim", "repa_projector_dim"),
+)
 
 SIZES: dict[str, dict[str, int]] = {
     "demo": {"depth": 4, "hidden_size": 256, "num_heads": 4},
@@ -95,13 +113,36 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def lightningdit_config(
-    size: str, groups: LatentSpec | Sequence[Group], input_size: int, num_classes: int, **overrides: Any
+    size: str, spec: LatentSpec | Sequence[Group], input_size: int, num_classes: int, **overrides: Any
 ) -> LightningDiTConfig:
-    """A configuration by the name of its size; ValueError with the nearest names for an unknown one."""
+    """A configuration by the name of its size.
+
+    Args:
+        size: a key of `SIZES`.
+        spec: the latent's groups.
+        overrides: any other field of `LightningDiTConfig`, for example ``repa_depth=2`` or ``patch_size=2``.
+
+    Raises:
+        ValueError: an unknown size or field (the nearest name is suggested), or values that do not go together.
+    """
     if size not in SIZES:
-        near = difflib.get_close_matches(size, SIZES, n=1, cutoff=0.1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown size {size!r}{hint} Sizes: {', '.join(SIZES)}")
-    groups = groups.groups if isinstance(groups, LatentSpec) else tuple(groups)
+        raise ValueError(f"unknown size {size!r}{did_you_mean(size, SIZES)}; there are {', '.join(SIZES)}")
+    check_fields(overrides)
+    groups = spec.groups if isinstance(spec, LatentSpec) else tuple(spec)
     settings: dict[str, Any] = SIZES[size] | overrides
     return LightningDiTConfig(groups=groups, input_size=input_size, num_classes=num_classes, **settings)
+
+
+def check_fields(names: Iterable[str]) -> None:
+    """ValueError, with the nearest name, unless all are fields of `LightningDiTConfig`."""
+    known = [field.name for field in fields(LightningDiTConfig)]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"LightningDiTConfig has no field {name!r}{did_you_mean(name, known)}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean ...?)`` with the nearest of the known names, whatever the case; empty when none is near."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return f" (did you mean {by_lower[near[0]]!r}?)" if near else ""

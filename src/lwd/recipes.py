@@ -120,22 +120,22 @@ def _embedded(size: str, **overrides: Any) -> LightningDiTConfig:
 
 @_recipe
 def embedded() -> Recipe:
-    steps = 900
+    steps = 600
     return Recipe(
         name="embedded",
         summary="Fashion-MNIST (embedded), learned schedule: what `lwd demo` runs",
         backbone=_embedded("demo"),
         schedule="learned",
         probe=ProbeConfig(
-            steps=400,
-            burn_in=250,
+            steps=300,
+            burn_in=180,
             batch_size=64,
             optimizer=OptimizerConfig(lr=1e-3),
             rho_lr=3e-2,
             log_every=10,
             save_seconds=20,
         ),
-        kinetics=(0.0, 0.02, 0.04, 0.08, 0.16),
+        kinetics=(0.0, 0.02, 0.04, 0.08),
         train=TrainConfig(
             steps=steps,
             batch_size=128,

@@ -1,112 +1,67 @@
-"""The page's style sheet."""
+"""Colours of the page and of its figures: one per arm, used everywhere, in a light and a dark version.
+
+The hues are those of Okabe and Ito (2008), which people with the common colour-vision deficiencies can tell apart;
+every arm has a marker of its own too. Figures are drawn in the light colours, which then become CSS variables.
+"""
 
 from __future__ import annotations
 
-from lwd.report.figures import css_colors
+from importlib.resources import files
+from typing import NamedTuple
 
-LAYOUT = """
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; }
-body {
-  margin: 0; background: var(--page); color: var(--ink);
-  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", "Helvetica Neue", Arial, sans-serif;
+
+class Colour(NamedTuple):
+    """Hexadecimal, lower case; the light ones all differ, because they stand for the variable in a figure."""
+
+    light: str
+    dark: str
+
+
+COLOURS = {
+    "learned": Colour("#0072b2", "#5ab4ee"),
+    "offset": Colour("#d55e00", "#f08a3c"),
+    "synchronous": Colour("#009e73", "#2fc79a"),
+    "autoguidance": Colour("#b0548c", "#e39ac6"),
+    "weak": Colour("#80868f", "#9aa1ab"),
+    "ink": Colour("#1c2127", "#e6e9ed"),
+    "muted": Colour("#5b6570", "#a3acb7"),
+    "rule": Colour("#dfe3e8", "#333a43"),
+    "paper": Colour("#fdfdfc", "#15181c"),
 }
-main { max-width: 1080px; margin: 0 auto; padding: 72px 32px 96px; }
-h1 { font-size: 40px; line-height: 1.15; letter-spacing: -0.02em; margin: 0 0 12px; font-weight: 680; }
-h2 { font-size: 25px; line-height: 1.25; letter-spacing: -0.01em; margin: 0 0 12px; font-weight: 650; }
-h3 { font-size: 17px; margin: 36px 0 6px; font-weight: 650; }
-h4 { font-size: 15px; margin: 24px 0 4px; font-weight: 650; }
-p { max-width: 44em; margin: 0 0 16px; }
-section { margin-top: 72px; }
-.facts { display: flex; flex-wrap: wrap; gap: 2px 20px; color: var(--muted); font-size: 14px; margin-bottom: 28px; }
-.lead { font-size: 18.5px; line-height: 1.55; }
-.summary { border-left: 3px solid var(--learned); padding-left: 20px; margin-top: 28px; }
-.summary p:last-child { margin-bottom: 0; color: var(--muted); }
-.note { color: var(--muted); font-size: 14.5px; }
-small { font-weight: normal; }
-figure { margin: 0; min-width: 0; }
-.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: 24px;
-  margin: 20px 0; }
-.plots > figure { background: var(--card); border: 1px solid var(--faint); border-radius: 10px; padding: 16px; }
-svg { display: block; width: 100%; height: auto; max-width: 620px; margin: 0 auto; }
-svg text { font-family: inherit !important; }
-img { display: block; width: 100%; height: auto; }
-.legend { display: flex; flex-wrap: wrap; gap: 4px 24px; list-style: none; margin: 16px 0 0; padding: 0;
-  font-size: 14.5px; }
-.swatch { display: inline-block; width: 20px; height: 0; border-top: 4px solid var(--c); vertical-align: middle;
-  margin: -2px 10px 0 0; border-radius: 2px; }
-.swatch.dashed { border-top-style: dashed; border-top-width: 3px; border-radius: 0; }
-.scroll { overflow-x: auto; margin: 20px 0; }
-table { border-collapse: collapse; width: 100%; font-size: 14.5px; font-variant-numeric: tabular-nums; }
-table.narrow { max-width: 620px; }
-th, td { padding: 9px 12px; border-bottom: 1px solid var(--faint); vertical-align: bottom; text-align: right; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-th:last-child, td:last-child { padding-right: 2px; }
-thead th { color: var(--muted); font-weight: 500; line-height: 1.35; border-bottom-color: var(--muted); }
-tbody th { font-weight: 500; white-space: nowrap; }
-td b { font-weight: 700; }
-.facts-table th { width: 12em; color: var(--muted); white-space: normal; vertical-align: top; overflow-wrap: anywhere; }
-.facts-table td { text-align: left; overflow-wrap: anywhere; }
-code { font: 13.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "Liberation Mono", monospace; }
-details { margin: 16px 0; font-size: 14.5px; }
-summary { cursor: pointer; color: var(--muted); width: fit-content; }
-summary:hover { color: var(--ink); }
-details > p { margin-top: 10px; color: var(--muted); }
-.grids { gap: 24px; }
-.grids figcaption { font-weight: 600; font-size: 15px; margin-bottom: 10px; }
-.grid { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 12px; }
-.names { display: grid; grid-template-rows: repeat(var(--rows), minmax(0, 1fr)); font-size: 13px; line-height: 1;
-  color: var(--muted); align-items: center; text-align: right; }
-.trajectory { table-layout: fixed; margin-top: 20px; }
-.trajectory th, .trajectory td { border: 0; padding: 3px; text-align: center; font-size: 14px; color: var(--muted);
-  font-weight: 500; }
-.trajectory td { vertical-align: top; }
-.trajectory .strip th { text-align: left; padding: 20px 3px 4px; color: var(--ink); font-weight: 600; }
-.trajectory thead .strip th { padding-top: 0; }
-.trajectory img { border-radius: 3px; margin-bottom: 4px; }
-.trajectory small { color: var(--muted); font-size: 13px; }
-@media (max-width: 600px) {
-  main { padding: 36px 16px 56px; }
-  h1 { font-size: 31px; }
-  h2 { font-size: 22px; }
-  section { margin-top: 52px; }
-  .lead { font-size: 17px; }
-  .summary { padding-left: 14px; }
-  .plots { gap: 16px; }
-  .plots > figure { padding: 10px; }
-  .grid { gap: 8px; }
-  .names { font-size: 11.5px; }
-  th, td { padding: 8px 9px; }
-  .facts-table th { width: 8em; }
-  .trajectory th, .trajectory td { font-size: 12px; padding: 2px; }
+MARKERS = {"learned": "o", "offset": "s", "synchronous": "^", "autoguidance": "D", "weak": "v"}
+TITLES = {
+    "learned": "learned schedule",
+    "offset": "SFD offset",
+    "synchronous": "synchronous",
+    "autoguidance": "learned + AutoGuidance",
+    "weak": "weak model",
 }
-@media print {
-  body { background: none; font-size: 11pt; }
-  main { max-width: none; padding: 0; }
-  section { margin-top: 28pt; }
-  figure, tr, .summary { break-inside: avoid; }
-  h2, h3, h4, .legend { break-after: avoid; }
-  .plots { grid-template-columns: 1fr 1fr; gap: 12pt; }
-  .plots > figure { border-color: #ccc; padding: 8pt; }
-  .names { font-size: 7.5pt; }
-  .scroll { overflow: visible; }
-  table { font-size: 9pt; }
-  th, td { padding: 4pt 6pt; }
-  details::details-content { content-visibility: visible; block-size: auto; }
-  * { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-}
-"""
+"""Arms in the order of display; a run's own titles win."""
+
+
+def ink(arm: str) -> str:
+    """The light colour of an arm, for drawing."""
+    return COLOURS.get(arm, COLOURS["weak"]).light
+
+
+def variable(arm: str) -> str:
+    """The CSS colour of an arm."""
+    return f"var(--{arm if arm in COLOURS else 'weak'})"
+
+
+def with_variables(svg: str) -> str:
+    """Replace every light colour of a drawing by its variable."""
+    for name, colour in COLOURS.items():
+        svg = svg.replace(colour.light, f"var(--{name})")
+    return svg
 
 
 def stylesheet() -> str:
-    """Colours of both themes, then the layout; paper is always light."""
-    light = _variables({"page": "#fbfbfa", **css_colors(0)})
-    dark = _variables({"page": "#12151a", **css_colors(1)})
+    """The colours of both themes, then the rules of page.css; paper is always light."""
+    light = "".join(f"--{name}:{colour.light};" for name, colour in COLOURS.items())
+    dark = "".join(f"--{name}:{colour.dark};" for name, colour in COLOURS.items())
+    rules = files("lwd.report").joinpath("page.css").read_text(encoding="utf-8")
     return (
-        f":root {{ color-scheme: light dark; {light} }}\n"
-        f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}" + LAYOUT
+        f":root{{color-scheme:light dark;{light}}}\n"
+        f"@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}\n{rules}"
     )
-
-
-def _variables(colors: dict[str, str]) -> str:
-    return " ".join(f"--{name}: {color};" for name, color in colors.items())

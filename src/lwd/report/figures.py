@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 
 from lwd.report.read import Array
 from lwd.report.style import COLOURS, MARKERS, ink, with_variables
+from lwd.report.words import noun
 from lwd.schedules import schedule_from_dict
 
 INK, MUTED, RULE, PAPER = (COLOURS[name].light for name in ("ink", "muted", "rule", "paper"))
@@ -34,7 +37,7 @@ def panel(draw: Callable[[Any], None], title: str, xlabel: str, *, width: int = 
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('the report needs matplotlib: pip install "lwd[demo]"') from error
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "lwd",
         "font.size": 12.5,
@@ -73,20 +76,19 @@ def panel(draw: Callable[[Any], None], title: str, xlabel: str, *, width: int = 
 
 
 def _to_svg(figure: Any, label: str) -> str:
-    import io
-
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)  # it would apply to the whole page
+    svg = re.sub(r'<g id="[^"]*"/>', "", svg)
     svg = re.sub(r'<g id="[^"]*">', "<g>", svg)  # nothing refers to these, and several figures share a page
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r"\n\s*", "\n", svg)
     view = re.search(r'viewBox="[^"]*"', svg)
     assert view is not None
-    svg = re.sub(r"<svg[^>]*>", f'<svg class="plot" role="img" aria-label="{label}" {view[0]}>', svg, count=1)
+    svg = re.sub(r"<svg[^>]*>", f'<svg class="plot" role="img" aria-label="{escape(label)}" {view[0]}>', svg, count=1)
     return with_variables(svg)
 
 
@@ -127,9 +129,9 @@ def sweep_curves(sweep: Mapping[str, Any]) -> str:
             axes.plot(tau, local_times(run["schedule"], tau)[:, 0], **run_style(run, sweep["picked"], rank))
         _unit_square(axes)
         axes.text(0.39, 0.46, "identity", ha="right")
-        axes.text(0.87, 0.30, f"extreme: τ{_superscript(degree + 1)}", ha="left" if degree > 6 else "center")
+        axes.text(0.79, 0.2, f"extreme: τ{_superscript(degree + 1)}")
 
-    return panel(draw, f"local time of the {runs[0]['schedule']['groups'][0]}", "global time τ")
+    return panel(draw, f"local time of the {noun(runs[0]['schedule']['groups'][0])}", "global time τ")
 
 
 def sweep_convergence(sweep: Mapping[str, Any], burn_in: int | None) -> str:
@@ -148,11 +150,11 @@ def sweep_convergence(sweep: Mapping[str, Any], burn_in: int | None) -> str:
         axes.text(last, 0.51, "identity", ha="right", va="bottom")
         if burn_in and burn_in < last:
             axes.axvline(burn_in, color=MUTED, linewidth=1, linestyle=":")
-            axes.text(burn_in + 0.015 * last, 0.56, "averaged from here", ha="left", va="center")
+            axes.text(burn_in + 0.015 * last, 0.575, "averaged from here", va="center")
         axes.set_xlim(0, last)
         axes.set_ylim(0, 0.6)
 
-    return panel(draw, f"local time of the {runs[0]['schedule']['groups'][0]} at τ = 0.5", "probe step")
+    return panel(draw, f"local time of the {noun(runs[0]['schedule']['groups'][0])} at τ = 0.5", "probe step")
 
 
 def arm_clocks(arms: Mapping[str, Any]) -> str:
@@ -160,10 +162,10 @@ def arm_clocks(arms: Mapping[str, Any]) -> str:
     tau = np.linspace(0, 1, 201)
 
     def draw(axes: Any) -> None:
-        for name, arm in arms.items():
+        for name, arm in reversed(list(arms.items())):  # the first arm on top, where curves coincide
             t = local_times(arm["schedule"], tau)
-            axes.plot(tau, t[:, 0], color=ink(name))
-            axes.plot(tau, t[:, -1], color=ink(name), linestyle=(0, (3, 3)), linewidth=1.8)
+            axes.plot(tau, t[:, 0], color=ink(name), clip_on=False, zorder=3)
+            axes.plot(tau, t[:, -1], color=ink(name), linestyle=(0, (3, 3)), clip_on=False, zorder=4)
         _unit_square(axes)
 
     return panel(draw, "local time", "global time τ")
@@ -177,10 +179,10 @@ def arm_paths(arms: Mapping[str, Any]) -> str:
     def draw(axes: Any) -> None:
         for name, arm in arms.items():
             t = local_times(arm["schedule"], tau)
-            axes.plot(t[:, -1], t[:, 0], color=ink(name), clip_on=False)
+            axes.plot(t[:, -1], t[:, 0], color=ink(name), clip_on=False, zorder=3)
         _unit_square(axes)
 
-    return panel(draw, f"local time of the {first}", f"local time of the {last}")
+    return panel(draw, f"local time of the {noun(first)}", f"local time of the {noun(last)}")
 
 
 def _unit_square(axes: Any) -> None:
@@ -220,7 +222,6 @@ def quality(
             seen["y"] += ys
         if floor is not None:
             axes.axhline(floor, color=MUTED, linewidth=1.3, linestyle=":")
-            # At the left for the steps and the right for the evaluations the curves are far above.
             axes.annotate(
                 "real images",
                 (0.99, floor),
@@ -281,6 +282,7 @@ def training_curve(logs: Mapping[str, Sequence[Mapping[str, Any]]], key: str, ti
             axes.plot(steps, values, color=ink(name), linewidth=1.8, marker="o" if len(steps) == 1 else None)
             settled += list(values[len(values) // 20 :])  # the first steps would squeeze the rest
         axes.set_xlim(left=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
         spread = max(settled) - min(settled) or 1.0
         axes.set_ylim(min(settled) - 0.06 * spread, max(settled) + 0.06 * spread)
 

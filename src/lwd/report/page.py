@@ -42,6 +42,7 @@ def render(files: DemoFiles) -> str:
     shown = [(name, heading, body) for name, heading, body in bodies if body]
     contents = "".join(f'<a href="#{name}">{heading}</a>' for name, heading, _ in shown)
     content = "".join(f'<section id="{name}"><h2>{heading}</h2>\n{body}</section>\n' for name, heading, body in shown)
+    paragraphs = "".join(f"<p>{escape(paragraph)}</p>\n" for paragraph in summary(files))
     data = files.settings.get("data", {}).get("name")
     where = " · ".join(filter(None, ["Report of a demo run", data, str(files.config.get("started", ""))[:10]]))
     return (
@@ -49,6 +50,6 @@ def render(files: DemoFiles) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>Learning when to denoise: report</title>\n<style>\n{stylesheet()}</style></head>\n<body><main>\n"
         f'<header><h1>Learning when to denoise</h1>\n<p class="where">{escape(where)}</p>\n'
-        f'<p class="summary">{escape(summary(files))}</p>\n{tables.key_table(files)}\n<nav>{contents}</nav></header>\n'
+        f'<div class="summary">{paragraphs}</div>\n{tables.key_table(files)}\n<nav>{contents}</nav></header>\n'
         f"{content}</main></body></html>\n"
     )

@@ -71,9 +71,7 @@ def read_demo(directory: Path) -> DemoFiles:
         sweep=optional("sweep.json"),
         results=optional("results.json") or {},
         logs={path.parent.name: _read_log(path) for path in sorted(directory.glob("train/*/metrics.jsonl"))},
-        samples={
-            path.stem: _read_arrays(path, "images", "labels") for path in sorted(directory.glob("samples/*.npz"))
-        },
+        samples={path.stem: _read_arrays(path, "images", "labels") for path in sorted(directory.glob("samples/*.npz"))},
         trajectory=_read_arrays(trajectory, "tau", "t", "texture", "semantic", "predicted", "label")
         if trajectory.exists()
         else None,

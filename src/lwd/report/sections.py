@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from html import escape
-from typing import Any
+from itertools import chain, repeat
 
 import numpy as np
 
 from lwd.report import figures, images, tables
 from lwd.report.read import DemoFiles
-from lwd.report.style import TITLES, variable
-from lwd.report.words import capitalised, span, title
+from lwd.report.style import MARKERS, TITLES, variable
+from lwd.report.words import capitalised, noun, span, title
 
 SAMPLES_PER_CLASS = 6
 MOST_CLASSES = 12
@@ -22,18 +22,35 @@ def figure(panels: Iterable[str], caption: str, legend: str = "", kind: str = "p
     return f'<figure>{legend}<div class="{kind}">{drawn}</div><figcaption>{caption}</figcaption></figure>\n'
 
 
-def legend(entries: Iterable[tuple[str, str]]) -> str:
-    """Line samples with their names; an entry is (style of an SVG line, HTML)."""
+SHAPES = {
+    "o": '<circle cx="15" cy="7" r="4.5"/>',
+    "s": '<rect x="11" y="3" width="8" height="8"/>',
+    "^": '<path d="M15 2l5 9h-10z"/>',
+    "D": '<path d="M15 1.5l5.5 5.5-5.5 5.5-5.5-5.5z"/>',
+}
+"""The markers of the figures, for legends."""
+
+
+def legend(entries: Iterable[tuple[str, str]], marks: Iterable[str] = ()) -> str:
+    """Line samples with their names.
+
+    Args:
+        entries: (style of an SVG line, HTML) each.
+        marks: a shape on each line, if any.
+    """
     items = "".join(
-        f'<li><svg viewBox="0 0 30 14" aria-hidden="true"><line x1="1" x2="29" y1="7" y2="7" style="{style}"/></svg>'
-        f"{name}</li>"
-        for style, name in entries
+        f'<li><svg viewBox="0 0 30 14" aria-hidden="true"><g style="{style}">'
+        f'<line x1="1" x2="29" y1="7" y2="7"/>{mark}</g></svg>{name}</li>'
+        for (style, name), mark in zip(entries, chain(marks, repeat("")), strict=False)
     )
     return f'<ul class="legend">{items}</ul>\n'
 
 
-def arm_legend(files: DemoFiles, arms: Iterable[str]) -> str:
-    return legend((f"stroke:{variable(arm)};stroke-width:3.5", escape(title(files, arm))) for arm in arms)
+def arm_legend(files: DemoFiles, arms: Iterable[str], *, marked: bool = False) -> str:
+    names = list(arms)
+    style = "stroke:{0};fill:{0};stroke-width:3" if marked else "stroke:{0};stroke-width:3.5"
+    entries = [(style.format(variable(arm)), escape(title(files, arm))) for arm in names]
+    return legend(entries, [SHAPES.get(MARKERS.get(arm, "o"), "") for arm in names] if marked else ())
 
 
 # --- schedules -----------------------------------------------------------------------------------------------------
@@ -43,7 +60,7 @@ def sweep(files: DemoFiles) -> str:
     if not files.sweep or not files.sweep["runs"]:
         return ""
     runs, picked = files.sweep["runs"], files.sweep["picked"]
-    first, *_, last = runs[0]["schedule"]["groups"]
+    first, *_, last = (escape(noun(name)) for name in runs[0]["schedule"]["groups"])
     burn_in = files.settings.get("probe", {}).get("burn_in")
     entries = []
     for run, rank in zip(runs, figures.ranks(runs), strict=True):
@@ -58,15 +75,15 @@ def sweep(files: DemoFiles) -> str:
         entries.append((stroke, f"λ = {run['kinetic']:g} <small>{state}</small>"))
     burned = f" After {burn_in:,} steps the curve’s parameters are averaged." if burn_in else ""
     caption = (
-        f"Left: the {escape(first)}’s curve that each λ led to; the {escape(last)} runs on the global time itself, the "
-        "dotted diagonal. Dashed curves ran off to the extreme of the family, where nearly everything happens at the end; "
-        "larger λ keeps the curve closer to the diagonal. Right: the middle of each curve while its probe ran: a flat "
-        f"line has converged.{burned}"
+        f"First plot: the {first}’s curve that each λ led to; the {last} runs on the global time itself, the "
+        "dotted diagonal. Dashed curves ran off to the extreme of the family, where nearly everything happens at "
+        "the end; larger λ keeps the curve closer to the diagonal. Second plot: the middle of each curve while "
+        f"its probe ran: a flat line has converged.{burned}"
     )
     criterion = files.sweep.get("criterion", "")
     return (
         f"<p>A schedule says how far each part of the representation has come, from noise (0) to image (1), at every "
-        f"moment of the global time τ. A short probe trains a network and the curve of the {escape(first)} together. The "
+        f"moment of the global time τ. A short probe trains a network and the curve of the {first} together. The "
         "weight λ of a penalty on fast motion decides how far the curve may bend, so several values are tried.</p>"
         + figure(
             [figures.sweep_curves(files.sweep), figures.sweep_convergence(files.sweep, burn_in)],
@@ -81,7 +98,7 @@ def curves(files: DemoFiles) -> str:
     arms = {name: arm for name, arm in files.arms.items() if arm.get("guidance") is None}
     if not arms:
         return ""
-    first, *_, last = (escape(name) for name in next(iter(arms.values()))["schedule"]["groups"])
+    first, *_, last = (escape(noun(name)) for name in next(iter(arms.values()))["schedule"]["groups"])
     dash = [("stroke:var(--muted);stroke-width:2.4", f"<small>{first}</small>")]
     dash += [("stroke:var(--muted);stroke-width:2.4;stroke-dasharray:4 4", f"<small>{last}</small>")]
     entries = [(f"stroke:{variable(arm)};stroke-width:3.5", escape(title(files, arm))) for arm in arms]
@@ -90,9 +107,9 @@ def curves(files: DemoFiles) -> str:
         f"waits for the {last}.</p>"
         + figure(
             [figures.arm_clocks(arms), figures.arm_paths(arms)],
-            f"Left: how far the {first} (solid) and the {last} (dashed) have come at each moment. Right: the same without "
-            f"the clock, the {first} against the {last}: the further below the diagonal, the more of the {last} is settled "
-            f"before the {first} takes shape.",
+            f"First plot: how far the {first} (solid) and the {last} (dashed) have come at each moment. Second "
+            f"plot: the same without the clock, the {first} against the {last}: the further below the diagonal, "
+            f"the more of the {last} is settled before the {first} takes shape.",
             legend(entries + dash),
         )
     )
@@ -116,9 +133,7 @@ def samples(files: DemoFiles) -> str:
     cells = ""
     for name in shown:
         drawn = files.samples[name]
-        sheet = images.grid(
-            images.by_class(drawn["images"], drawn["labels"], classes, min(least, SAMPLES_PER_CLASS))
-        )
+        sheet = images.grid(images.by_class(drawn["images"], drawn["labels"], classes, min(least, SAMPLES_PER_CLASS)))
         head = "Real images, held out" if name == "real" else capitalised(title(files, name))
         swatch = "" if name == "real" else f'<span class="swatch" style="--swatch:{variable(name)}"></span>'
         cells += (
@@ -127,8 +142,9 @@ def samples(files: DemoFiles) -> str:
             f'width="{sheet.shape[1]}" height="{sheet.shape[0]}"></div></figure>\n'
         )
     return (
-        "<p>One row per class, nothing selected by hand: the first images of each class. Equal places in the grids of the "
-        "models have equal seeds, so they start from the same noise and ask for the same class. The real images are "
+        "<p>One row per class, nothing selected by hand: the first images of each class. Equal places in the "
+        "grids of the models have equal seeds, so they start from the same noise and ask for the same class. The "
+        "real images are "
         f'others at every place.</p><div class="grids">{cells}</div>\n'
     )
 
@@ -143,7 +159,7 @@ def trajectory(files: DemoFiles) -> str:
     found = files.trajectory
     tau, t = found["tau"], found["t"]
     schedule = files.arms.get("learned", {}).get("schedule", {})
-    first, *_, last = schedule.get("groups", ["texture", "semantic"])
+    first, *_, last = (escape(noun(name)) for name in schedule.get("groups", ["texture", "semantic"]))
     cells = "<h3>global time τ</h3>" + "".join(f"<span>{value:.2f}</span>" for value in tau)
     rows: list[tuple[str, str, str, int | None]] = [
         (last, "first three channels as red, green, blue", "semantic", -1),
@@ -151,33 +167,35 @@ def trajectory(files: DemoFiles) -> str:
         ("predicted image", "if it ended now", "predicted", None),
     ]
     for heading, explanation, key, group in rows:
-        cells += f"<h3>{escape(heading)}<small>{explanation}</small></h3>"
+        cells += f"<h3>{heading}<small>{explanation}</small></h3>"
         for k, pixels in enumerate(found[key]):
             clock = ""
             if group is not None:
                 part = f"--swatch:var(--learned);--part:{100 * t[k, group]:.1f}%"
                 clock = f'<i class="clock" style="{part}"></i>{t[k, group]:.2f}'
             cells += (
-                f'<span><img alt="{escape(heading)} at τ = {tau[k]:.2f}" src="{images.png_uri(pixels)}" '
+                f'<span><img alt="{heading} at τ = {tau[k]:.2f}" src="{images.png_uri(pixels)}" '
                 f'width="{pixels.shape[1]}" height="{pixels.shape[0]}">{clock}</span>'
             )
     label = escape(_class_name(files, int(found["label"])))
+    leads = float((t[:, -1] - t[:, 0]).max()) >= 0.02
+    order = f"The {last} goes ahead and the {first} follows." if leads else f"The {last} and the {first} go together."
     return (
-        f"<p>The learned model draws one image of the class “{label}”. Time runs from left to right. Under each picture "
-        f"stands its local time: 0 is noise, 1 is finished.</p>"
+        f"<p>The learned model draws one image of the class “{label}”. Time runs from left to right. Under each "
+        "picture stands its local time: 0 is noise, 1 is finished.</p>"
         f'<figure><div class="trajectory" style="--columns:{len(tau)}">{cells}</div>'
-        f"<figcaption>The {escape(last)} settles first and says what is to be drawn; the {escape(first)} follows. The last "
-        "row is the image that the network would arrive at if it went straight on from there.</figcaption></figure>\n"
+        f"<figcaption>{order} The last row is the image that the network would arrive at if it went straight on from "
+        "there.</figcaption></figure>\n"
     )
 
 
 # --- scores --------------------------------------------------------------------------------------------------------
 
 BIAS = (
-    "A feature distance is the Fréchet distance between the features of drawn and of real images; lower is better, and it "
-    "compares only with distances in the same network and on equally many images. The embedded network also made the "
-    "semantic latents that the models learn to draw, so it is biased in favour of what follows them closely. The judge "
-    "is a second network that had no part in any of this: the independent opinion."
+    "A feature distance is the Fréchet distance between the features of drawn and of real images; lower is "
+    "better, and it compares only with distances in the same network and on equally many images. The embedded "
+    "network also made the semantic latents that the models learn to draw, so it is biased in favour of what "
+    "follows them closely. The judge is a second network that had no part in any of this: the independent opinion."
 )
 
 
@@ -199,8 +217,8 @@ def quality(files: DemoFiles) -> str:
             "by_evaluations",
             "evaluations",
             "model evaluations per image",
-            "The finished models with fewer steps of the solver: further left is faster. With guidance, each evaluation "
-            "runs the weak model too.",
+            "The finished models with fewer steps of the solver: further left is faster. With guidance, each "
+            "evaluation runs the weak model too.",
         ),
     ):
         if not any(arm.get(series) for arm in files.arms.values()):
@@ -211,7 +229,7 @@ def quality(files: DemoFiles) -> str:
             )
             for key, judge in judges.items()
         ]
-        body += figure(panels, caption, arm_legend(files, files.arms))
+        body += figure(panels, caption, arm_legend(files, files.arms, marked=True))
     return body
 
 
@@ -223,10 +241,13 @@ def results(files: DemoFiles) -> str:
     solvers = sorted({final["solver"] for final in finals})
     floor = files.results.get("floor")
     note = (
-        f"Judged on {' or '.join(counted)} images per model, drawn with {' or '.join(solvers)}. Precision: the share of "
-        "drawn images that lie among real ones in the judge’s features; recall: the share of real images that lie among "
-        "drawn ones. Class accuracy: how often the judge sees the class that was asked for. Bold is the best of the column."
+        f"Judged on {' or '.join(counted)} images per model, drawn with {' or '.join(solvers)}. Precision: the "
+        "share of drawn images that lie among real ones in the judge’s features; recall: the share of real "
+        "images that lie among drawn ones. Class accuracy: how often the judge sees the class that was asked "
+        "for. Bold is the best of the column."
     )
+    if "offset" in files.arms:
+        note += " The offset model is trained as SFD trains, with its uncorrected loss."
     if floor:
         note += (
             f" The last row scores {round(floor['images']):,} real training images in the same way: the floor that "
@@ -242,14 +263,16 @@ def training(files: DemoFiles) -> str:
         return ""
     ordered = sorted(keys, key=lambda key: key != "loss")
     panels = [
-        figures.training_curve(logs, key, "loss" if key == "loss" else f"error of the {key.removeprefix('loss_')}")
+        figures.training_curve(
+            logs, key, "loss" if key == "loss" else f"error of the {noun(key.removeprefix('loss_'))}"
+        )
         for key in ordered
     ]
     return figure(
         panels,
-        "What each model minimised, and the squared error of each group’s velocity in it. Losses of different schedules "
-        "are not comparable: each schedule asks for other mixtures of local times, easier or harder ones. They show "
-        "whether training ran smoothly and had come to rest.",
+        "What each model minimised, and the squared error of each group’s velocity in it. Losses of different "
+        "schedules are not comparable: each schedule asks for other mixtures of local times, easier or harder "
+        "ones. They show whether training ran smoothly and had come to rest.",
         arm_legend(files, logs),
         kind="panels three" if len(panels) > 2 else "panels",
     )

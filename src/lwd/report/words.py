@@ -61,19 +61,22 @@ def title(files: DemoFiles, arm: str) -> str:
     return given
 
 
-def summary(files: DemoFiles) -> str:
-    """What was learned and how the arms did, whichever way it came out."""
-    sentences = [
-        "One run of the whole method on small images: a schedule is learned that decides when each part of an image’s "
-        "representation is denoised, networks are trained on it and on fixed schedules, and what they draw is judged."
+def noun(group: str) -> str:
+    """ "texture", "semantic group": how a sentence calls a group."""
+    return group if group == "texture" else f"{group} group"
+
+
+def summary(files: DemoFiles) -> list[str]:
+    """What was learned and how the arms did, whichever way it came out; one string per paragraph."""
+    paragraphs = [
+        "The texture and the meaning of an image need not be denoised at the same pace. In this demo a schedule "
+        "is learned that decides which of them comes when; networks are trained on it and on fixed schedules, "
+        "and what they draw is judged."
     ]
-    if files.sweep:
-        sentences += describe_sweep(files.sweep)
-    if files.arms:
-        sentences += describe_quality(files)
-    else:
-        sentences.append("The run has no results yet; what is there is shown.")
-    return " ".join(sentences)
+    if files.sweep and files.sweep["runs"]:
+        paragraphs.append(" ".join(describe_sweep(files.sweep)))
+    paragraphs.append(" ".join(describe_quality(files)) if files.arms else "The run has no results yet.")
+    return paragraphs
 
 
 def describe_sweep(sweep: Mapping[str, Any]) -> list[str]:
@@ -85,19 +88,23 @@ def describe_sweep(sweep: Mapping[str, Any]) -> list[str]:
     elif len(collapsed) == len(runs):
         sentences = [f"All of {probes} collapsed to the extreme schedule."]
     else:
-        sentences = [f"Of {probes}, {count(len(collapsed))} collapsed to the extreme schedule (λ = {listing(collapsed)})."]
+        sentences = [
+            f"Of {probes}, {count(len(collapsed))} collapsed to the extreme schedule "
+            f"(λ\u00a0=\u00a0{listing(collapsed)})."
+        ]
     if picked is None:
-        return [*sentences, f"No λ was stable, so the strongest, {runs[-1]['kinetic']:g}, stands in."]
+        strongest = max(run["kinetic"] for run in runs)
+        return [*sentences, f"No λ was stable, so the strongest, {strongest:g}, stands in."]
     chosen = next(run for run in runs if run["kinetic"] == picked)
-    first, *_, last = chosen["schedule"]["groups"]
+    first, *_, last = (noun(name) for name in chosen["schedule"]["groups"])
     middle = midpoint(chosen["schedule"])
-    sentences.append(f"The weakest stable one, λ = {picked:g}, was picked.")
-    if middle[-1] - middle[0] < 0.01:
+    sentences.append(f"The weakest stable one, λ\u00a0=\u00a0{picked:g}, was picked.")
+    if middle[-1] - middle[0] < 0.02:
         sentences.append(f"Its curve is all but the identity: {first} and {last} are denoised together.")
     else:
         sentences.append(
-            f"On its curve the {first} waits for the {last}: at half time the {last} has come to "
-            f"{middle[-1]:.2f} of its way, the {first} to {middle[0]:.2f}."
+            f"On its curve the {first} waits for the {last}: half-way, when the {last} has reached local time "
+            f"{middle[-1]:.2f}, the {first} has reached {middle[0]:.2f}."
         )
     return sentences
 
@@ -124,7 +131,8 @@ def describe_quality(files: DemoFiles) -> list[str]:
         sentences.append(f"Without guidance{budget}{judged}: {verdicts}.")
         if "learned" in unguided:
             wins = sum("learned" in _leaders(unguided, key) for key in JUDGES)
-            sentences.append(f"So the learned schedule comes first by {('neither judge', 'one judge of two', 'both judges')[wins]}.")
+            by = ("neither judge", "one judge of the two", "both judges")[wins]
+            sentences.append(f"So the learned schedule comes first by {by}.")
     for name, arm in files.arms.items():
         if name == "autoguidance" and "learned" in files.arms:
             pairs = {judge: (files.arms["learned"]["final"][key], arm["final"][key]) for key, judge in JUDGES.items()}

@@ -15,7 +15,7 @@ def demo(
     budget: float = 1.0,
     seed: int = 0,
     device: str = "auto",
-    compile: bool | None = None,
+    compile: bool = False,
 ) -> None:
     """The whole method on embedded images, ending with a page to look at (minutes).
 
@@ -26,7 +26,7 @@ def demo(
         budget: factor on training steps and image counts; 0.1 for a quick look, 4 for better images.
         seed: of everything random.
         device: auto, cpu, cuda, cuda:1 ...
-        compile: compile the networks; by default on a GPU.
+        compile: compile the networks; takes a minute or more, which only large budgets earn back.
     """
     from lwd.demo import run_demo
 

@@ -34,7 +34,6 @@ from lwd.randomness import derived_seed
 from lwd.recipes import Recipe, get_recipe, make_schedule
 from lwd.runs import (
     TrainedRun,
-    default_compile,
     default_precision,
     initial_denoiser,
     load_run,
@@ -370,14 +369,9 @@ class Stages:
 
 
 def run_demo(
-    directory: Path | str, *, budget: float = 1.0, seed: int = 0, device: str = "auto", compiled: bool | None = None
+    directory: Path | str, *, budget: float = 1.0, seed: int = 0, device: str = "auto", compiled: bool = False
 ) -> Path:
     """Run or continue a demo; returns the page."""
     chosen = pick_device(device)
-    config = DemoConfig(
-        budget=budget,
-        seed=seed,
-        precision=default_precision(chosen),
-        compile=default_compile(chosen) if compiled is None else compiled,
-    )
+    config = DemoConfig(budget=budget, seed=seed, precision=default_precision(chosen), compile=compiled)
     return Demo(Path(directory), config, chosen).run()

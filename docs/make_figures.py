@@ -70,8 +70,9 @@ def tabulate(demos: list[Path]) -> None:
         "# The demo, measured",
         "",
         f"`lwd demo --seed N`, seeds {', '.join(map(str, seeds))}; {machine['cores']} cores of {machine['processor']}, "
-        f"{machine['platform']}, torch {versions['torch']}; {configs[0]['started'][:10]}. Mean over the seeds, range in "
-        "brackets. Lower distances are better; real training images set the floor. These are not FIDs: see the page.",
+        f"{machine['platform']}, torch {versions['torch']}; {configs[0]['started'][:10]}. Mean over "
+        "the seeds, range in brackets. Lower distances are better; real training images set the floor. "
+        "These are not FIDs: see the page.",
         "",
         "| | " + " | ".join(title for title, _ in COLUMNS.values()) + " | evaluations |",
         "| --- |" + " --- |" * (len(COLUMNS) + 1),

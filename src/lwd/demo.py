@@ -77,8 +77,8 @@ class DemoConfig:
     seed: int = 0
     images: int = 1000
     solver: str = "heun"
-    steps: int = 12
-    evaluation_steps: tuple[int, ...] = (2, 4, 8)
+    steps: int = 10
+    evaluation_steps: tuple[int, ...] = (3, 4, 6)
     precision: Precision = "bf16"
     compile: bool = False
 
@@ -344,8 +344,8 @@ class Stages:
 
     # Shares of the whole at budget 1 on two cores; only the estimate depends on them.
     SHARES = {  # noqa: RUF012
-        "encode": 4, "judges": 5, "sweep": 16, "train learned": 18, "train offset": 18, "train synchronous": 18,
-        "train weak": 2, "sample and judge": 19,
+        "encode": 3, "judges": 3, "sweep": 14, "train learned": 17, "train offset": 17, "train synchronous": 17,
+        "train weak": 2, "sample and judge": 27,
     }  # fmt: skip
 
     def __init__(self, directory: Path) -> None:

@@ -120,7 +120,7 @@ def _embedded(size: str, **overrides: Any) -> LightningDiTConfig:
 
 @_recipe
 def embedded() -> Recipe:
-    steps = 900
+    steps = 800
     return Recipe(
         name="embedded",
         summary="Fashion-MNIST (embedded), learned schedule: what `lwd demo` runs",

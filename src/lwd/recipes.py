@@ -111,7 +111,9 @@ def make_schedule(text: str, names: Sequence[str]) -> Schedule:
 
 # --- the embedded data set: minutes on two cores -----------------------------------------------------------------
 
-_DEMO_OPTIMIZER = OptimizerConfig(lr=1.5e-3, warmup_steps=60, decay="linear")
+# Minutes, not weeks: many small steps at a high rate. At equal time 1,400 steps of 64 images drew images at half the
+# feature distance of 800 steps of 128.
+_DEMO_OPTIMIZER = OptimizerConfig(lr=3e-3, betas=(0.9, 0.95), warmup_steps=50, decay="linear")
 
 
 def _embedded(size: str, **overrides: Any) -> LightningDiTConfig:
@@ -120,7 +122,7 @@ def _embedded(size: str, **overrides: Any) -> LightningDiTConfig:
 
 @_recipe
 def embedded() -> Recipe:
-    steps = 800
+    steps = 1400
     return Recipe(
         name="embedded",
         summary="Fashion-MNIST (embedded), learned schedule: what `lwd demo` runs",
@@ -138,7 +140,7 @@ def embedded() -> Recipe:
         kinetics=(0.0, 0.02, 0.04, 0.08),
         train=TrainConfig(
             steps=steps,
-            batch_size=128,
+            batch_size=64,
             optimizer=_DEMO_OPTIMIZER,
             ema=0.995,
             repa=0.0,

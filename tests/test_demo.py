@@ -60,7 +60,7 @@ def test_demo_is_resumable_and_leaves_a_page(tmp_path, small_data, monkeypatch):
         assert arm["final"]["images"] == 40
         assert arm["final"]["evaluations"] == 6, name
         assert arm["final"]["fd_judge"] > results["floor"]["fd_judge"]
-    assert [entry["step"] for entry in results["arms"]["offset"]["by_step"]] == [2, 4, 9]
+    assert [entry["step"] for entry in results["arms"]["offset"]["by_step"]] == [4, 7, 14]
     # The offset path has three pieces, so one Heun step becomes three.
     assert [e["evaluations"] for e in results["arms"]["offset"]["by_evaluations"]] == [6, 6]
     assert [e["evaluations"] for e in results["arms"]["learned"]["by_evaluations"]] == [2, 6]

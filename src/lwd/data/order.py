@@ -11,8 +11,8 @@ from lwd.randomness import stream
 class BatchOrder:
     """Batches cut from the endless row of epochs, each a seeded permutation of all images.
 
-    Every image comes exactly once per epoch; a batch may straddle two epochs, so nothing is dropped. There is no state:
-    resuming needs the step number only.
+    Every image comes exactly once per epoch; a batch may straddle two epochs, so nothing is dropped. The permutations
+    in use are cached, but nothing else is remembered: resuming needs the step number only.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
@@ -22,14 +22,19 @@ class BatchOrder:
         self._epochs: dict[int, Tensor] = {}
 
     def indices(self, step: int) -> Tensor:
-        """The images of step `step`, [batch_size]."""
+        """The images of step `step` (from 0), [batch_size]."""
+        if step < 0:
+            raise ValueError(f"steps count from 0, not {step}")
         positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)
         epochs = positions // self.count
         first, last = int(epochs[0]), int(epochs[-1])
-        self._epochs = {e: self._epochs.get(e, self._permutation(e)) for e in range(first, last + 1)}
+        self._epochs = {
+            epoch: self._epochs[epoch] if epoch in self._epochs else self._permutation(epoch)
+            for epoch in range(first, last + 1)
+        }
         if first == last:
             return self._epochs[first][positions - first * self.count]
-        return torch.stack([self._epochs[e] for e in range(first, last + 1)])[epochs - first, positions % self.count]
+        return torch.stack(list(self._epochs.values()))[epochs - first, positions % self.count]
 
     def flips(self, step: int) -> Tensor:
         """Which images of step `step` are mirrored, [batch_size] bool, half of them on average."""

@@ -97,13 +97,10 @@ class EfficientNetFeatures(nn.Module):
         """Features after block `block` (0 ... 15), [N, F, h, w] on the CPU.
 
         Args:
-            images: uint8, [N, H, W] grey or [N, 3, H, W].
+            images: uint8, grey [N, H, W] or [N, 1, H, W], or colour [N, 3, H, W].
             progress: called with (done, total) images.
         """
-        if images.dtype != torch.uint8 or images.ndim not in (3, 4):
-            raise ValueError(
-                f"images must be uint8 [N, H, W] or [N, 3, H, W], not {images.dtype} {tuple(images.shape)}"
-            )
+        _check_images(images)
         if not 0 <= block < len(_blocks()):
             raise ValueError(f"EfficientNet-Lite0 has blocks 0 to {len(_blocks()) - 1}; there is no block {block}")
         maps = []
@@ -118,10 +115,16 @@ class EfficientNetFeatures(nn.Module):
         return self.feature_maps(images, POOLED_BLOCK, batch=batch).mean(dim=(2, 3))
 
     @torch.no_grad()
-    def logits(self, images: Tensor) -> Tensor:
+    def head(self, images: Tensor, batch: int = 250) -> Tensor:
+        """Features that the classifier reads, averaged over positions, [N, 1280]."""
+        _check_images(images)
+        maps = (self._features(part, POOLED_BLOCK) for part in images.split(batch))
+        return torch.cat([F.relu6(F.conv2d(x, *self._weights("head"))).mean(dim=(2, 3)).cpu() for x in maps])
+
+    def logits(self, images: Tensor, batch: int = 250) -> Tensor:
         """ImageNet class logits [N, 1000]."""
-        x = F.relu6(F.conv2d(self._features(images, POOLED_BLOCK), *self._weights("head"))).mean(dim=(2, 3))
-        return F.linear(x, self.get_buffer("classifier_weight"), self.get_buffer("classifier_bias"))
+        weight, bias = self.get_buffer("classifier_weight"), self.get_buffer("classifier_bias")
+        return F.linear(self.head(images, batch), weight.cpu(), bias.cpu())
 
     def _features(self, images: Tensor, last: int) -> Tensor:
         x = images.to(self.get_buffer("stem_bias").device).float()
@@ -154,6 +157,12 @@ class EfficientNetFeatures(nn.Module):
         weight = state[f"{conv}.weight"] * scale[:, None, None, None]
         self.register_buffer(f"{name}_weight", weight.contiguous(memory_format=torch.channels_last))
         self.register_buffer(f"{name}_bias", state[f"{norm}.bias"] - state[f"{norm}.running_mean"] * scale)
+
+
+def _check_images(images: Tensor) -> None:
+    grey_or_colour = images.ndim == 3 or (images.ndim == 4 and images.shape[1] in (1, 3))
+    if images.dtype != torch.uint8 or not grey_or_colour or not len(images):
+        raise ValueError(f"images must be uint8 [N, H, W] or [N, 3, H, W], not {images.dtype} {tuple(images.shape)}")
 
 
 def weights_path() -> Path:

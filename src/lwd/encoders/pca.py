@@ -24,7 +24,7 @@ class PCAFit:
 
     def update(self, maps: Tensor) -> Self:
         """Add feature maps [N, F, h, w]."""
-        tokens = maps.movedim(1, -1).flatten(0, -2).double()
+        tokens = maps.movedim(1, -1).flatten(0, -2).to(self.mean)
         if tokens.shape[1] != len(self.mean):
             raise ValueError(f"feature maps of {tokens.shape[1]} features for a PCA of {len(self.mean)}")
         if not tokens.isfinite().all():
@@ -38,7 +38,7 @@ class PCAFit:
         return self
 
     def components(self, channels: int) -> PCA:
-        """The `channels` directions of largest variance.
+        """The `channels` directions of largest variance; ValueError for too many of them, or for constant features.
 
         A component's sign is arbitrary; its largest loading is made positive, so that equal data give equal latents.
         """
@@ -46,6 +46,8 @@ class PCAFit:
             raise ValueError(f"{channels} components from {len(self.mean)} features: choose 1 to {len(self.mean)}")
         if self.count <= channels:
             raise ValueError(f"{self.count} tokens are too few for {channels} components")
+        if not self.scatter.diagonal().any():
+            raise ValueError("the feature maps never vary; they have no principal components")
         variances, vectors = torch.linalg.eigh(self.scatter / (self.count - 1))
         variances, vectors = variances.flip(0).clamp(min=0), vectors.flip(1).T
         signs = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True)).sign()
@@ -72,7 +74,8 @@ class PCA:
         """[N, F, h, w] -> [N, channels, h, w]."""
         if maps.shape[1] != len(self.mean):
             raise ValueError(f"feature maps of {maps.shape[1]} features for a PCA of {len(self.mean)}")
-        return torch.einsum("cf,nfhw->nchw", self.directions, maps.float() - self.mean[:, None, None])
+        directions, mean = self.directions.to(maps.device), self.mean.to(maps.device)
+        return torch.einsum("cf,nfhw->nchw", directions, maps.float() - mean[:, None, None])
 
     def save(self, path: str | Path) -> Path:
         tensors = {"directions": self.directions.contiguous(), "mean": self.mean, "explained": self.explained}

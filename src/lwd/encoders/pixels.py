@@ -31,6 +31,11 @@ class PixelPatches:
 
     def decode(self, latents: Tensor) -> Tensor:
         """float [N, c patch^2, h, w] -> uint8 [N, c, h patch, w patch], rounded and clamped."""
+        if latents.ndim != 4 or latents.shape[1] % self.patch**2:
+            raise ValueError(
+                f"latents {tuple(latents.shape)} do not hold patches of {self.patch} x {self.patch} pixels: there must "
+                f"be a multiple of {self.patch**2} channels"
+            )
         pixels = F.pixel_shuffle(latents.float(), self.patch)
         return ((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 

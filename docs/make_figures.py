@@ -70,7 +70,7 @@ def tabulate(demos: list[Path]) -> None:
         "# The demo, measured",
         "",
         f"`lwd demo --seed N`, seeds {', '.join(map(str, seeds))}; {machine['cores']} cores of {machine['processor']}, "
-        f"{machine['platform']}, torch {versions['torch']}; {configs[0]['started'][:10]}. Mean over "
+        f"{machine['platform'].partition('-')[0]}, torch {versions['torch']}; {configs[0]['started'][:10]}. Mean over "
         "the seeds, range in brackets. Lower distances are better; real training images set the floor. "
         "These are not FIDs: see the page.",
         "",
@@ -97,6 +97,13 @@ def tabulate(demos: list[Path]) -> None:
         halves = [f"{midpoint(run):.3f}" for run in runs]
         collapsed = ", ".join("yes" if run["collapsed"] else "no" for run in runs)
         lines.append(f"| {runs[0]['kinetic']:g} | " + " | ".join(halves) + f" | {collapsed} |")
+    unguided = {name: arm for name, arm in arms.items() if arm["by_evaluations"]}
+    lines += ["", "Distance by the judge against model evaluations (Heun), mean over the seeds:", ""]
+    lines += ["| | " + " | ".join(["fewest", "", "", "most"]) + " |", "| --- |" + " --- |" * 4]
+    for name, arm in unguided.items():
+        points = zip(*(r["arms"][name]["by_evaluations"] for r in results), strict=True)
+        cells = [f"{p[0]['evaluations']}: {statistics.fmean(e['fd_judge'] for e in p):.2f}" for p in points]
+        lines.append(f"| {arm['title']} | " + " | ".join(cells) + " |")
     write_text(RESULTS / "demo.md", "\n".join(lines) + "\n")
 
 

@@ -163,7 +163,7 @@ def decode_texture(latents: Tensor, spec: LatentSpec, normalization: Normalizati
 def describe_machine(device: torch.device) -> dict[str, Any]:
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return {
-        "platform": platform.platform(terse=True),
+        "platform": f"{platform.system()} {platform.machine()}",
         "processor": _processor(),
         "cores": os.cpu_count(),
         "device": named,

@@ -9,8 +9,6 @@ alternately; the ratio is of the fastest of `--repeats` each.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import time
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import torch
 
 from lwd.evaluation import FeatureStatistics, frechet_distance
 from lwd.files import write_json
+from lwd.runs import describe_machine, describe_versions
 
 
 def reference(a: FeatureStatistics, b: FeatureStatistics) -> float:
@@ -35,15 +34,6 @@ def features(dims: int, seed: int) -> np.ndarray:
     mix = np.linalg.qr(np.random.default_rng(0).standard_normal((dims, dims)))[0]
     spread = (1 + 0.2 * rng.random(dims)) / np.arange(1, dims + 1)
     return 0.1 * seed / dims + (rng.standard_normal((4 * dims, dims)) * spread) @ mix
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or "unknown"
 
 
 def main() -> None:
@@ -62,16 +52,9 @@ def main() -> None:
             values[name] = distance(a, b)
             seconds[name] = min(seconds.get(name, np.inf), time.perf_counter() - start)
     result = {
-        "platform": platform.platform(),
-        "processor": processor(),
-        "cores": os.cpu_count(),
+        "machine": describe_machine(torch.device("cpu")),
         "torch_threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "scipy": scipy.__version__,
-        },
+        "versions": describe_versions() | {"scipy": scipy.__version__},
         "dims": arguments.dims,
         "repeats": arguments.repeats,
         "seconds": seconds,

@@ -14,7 +14,16 @@ from lwd.files import read_json, write_json
 from lwd.loop import run_job
 from lwd.objective import Jacobian, Reduction, schedule_objective
 from lwd.schedules import PolynomialSchedule, schedule_from_dict
-from lwd.training import Batches, LatentSource, OptimizerConfig, Precision, check_groups, prepare_forward, to_json
+from lwd.training import (
+    Batches,
+    LatentSource,
+    OptimizerConfig,
+    Precision,
+    check_groups,
+    logged,
+    prepare_forward,
+    to_json,
+)
 
 COLLAPSE_DELAY = 0.8
 """A probe whose mean curve has at least this delay (see `delay`) counts as collapsed."""
@@ -183,9 +192,7 @@ class _Probe:
             self.rho_sum += self.schedule.rho.detach()
             self.averaged += 1
         metrics = {"loss": terms.total, "flow": terms.flow, "kinetic": terms.kinetic}
-        by_group = terms.per_group.mean(dim=0)
-        metrics |= {f"loss_{name}": by_group[i] for i, name in enumerate(self.data.spec.names)}
-        return {name: value.detach() for name, value in metrics.items()}
+        return logged(metrics, terms.per_group, self.data.spec)
 
     def mean_rho(self) -> Tensor:
         return (self.rho_sum / self.averaged).float().cpu()

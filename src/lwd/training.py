@@ -206,9 +206,7 @@ class _Training:
         if step + 1 in config.snapshots and self.directory is not None:
             self.save_average(self.directory / "snapshots" / f"{step + 1:08}.safetensors")
         metrics = {"loss": terms.total, "flow": terms.flow, "cosine": terms.cosine, "repa": terms.repa}
-        by_group = terms.per_group.mean(dim=0)
-        metrics |= {f"loss_{name}": by_group[i] for i, name in enumerate(self.data.spec.names)}
-        return {name: value.detach() for name, value in metrics.items()}
+        return logged(metrics, terms.per_group, self.data.spec)
 
     def describe(self) -> dict[str, Any]:
         return {}
@@ -240,6 +238,12 @@ class _Training:
         names = [name for name, p in self.denoiser.named_parameters() if p.requires_grad]
         weights = dict(zip(names, (a.cpu() for a in self.average), strict=True))
         write_atomically(path, lambda temporary: save_file(weights, temporary))
+
+
+def logged(terms: dict[str, Tensor], per_group: Tensor, spec: LatentSpec) -> dict[str, Tensor]:
+    """The scalars of a log line: the terms, and the mean of every group's loss l_g from `per_group` [B, G]."""
+    by_group = {f"loss_{name}": loss for name, loss in zip(spec.names, per_group.mean(dim=0), strict=True)}
+    return {name: value.detach() for name, value in (terms | by_group).items()}
 
 
 @dataclass(frozen=True)

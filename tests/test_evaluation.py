@@ -54,6 +54,23 @@ def test_frechet_distance_equals_the_nuclear_norm_form(fixture):
     assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-12)
 
 
+@pytest.mark.parametrize(("samples_a", "samples_b"), [(7, 9), (7, 300), (2, 40), (39, 41)])
+def test_frechet_distance_of_few_wide_features_equals_that_of_their_statistics(samples_a, samples_b):
+    # Fewer samples than features: the samples stand in for the covariance, whose root needs care with null directions.
+    a, b = normal(0, samples_a, 40), 0.5 + 2 * normal(1, samples_b, 40)
+    expected = frechet_distance(FeatureStatistics.of(a), FeatureStatistics.of(b))
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-10)
+    assert frechet_distance(a, FeatureStatistics.of(b)) == pytest.approx(expected, rel=1e-10)
+
+
+def test_frechet_distance_of_few_wide_features_forms_no_covariance():
+    # In 60,000 dimensions one would be 29 GB. Constant per row: the rows' own 1-d problem, times the width.
+    width = 60_000
+    a, b = (x[:, None].expand(-1, width) for x in (torch.tensor([0.0, 2.0]), torch.tensor([5.0, 5.0, 8.0])))
+    expected = width * ((1 - 6) ** 2 + (math.sqrt(2) - math.sqrt(3)) ** 2)
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-12)
+
+
 @given(seed=seeds, null=st.integers(0, 5))
 @settings(max_examples=25, deadline=None)
 def test_frechet_distance_of_commuting_covariances(seed, null):
@@ -116,6 +133,25 @@ def test_frechet_distance_refuses_bad_features():
         frechet_distance(a, a[:1])
     with pytest.raises(ValueError, match=r"\[samples, features\]"):
         frechet_distance(a, a[:, 0])
+    with pytest.raises(ValueError, match="squares overflow"):
+        frechet_distance(a, a * 1e160)
+
+
+def test_frechet_distance_refuses_what_is_no_covariance():
+    # Without the check the distance would come out negative, be clamped, and read as a perfect score.
+    cov = torch.diag(torch.tensor([3.0, 1.0, -2.0]))
+    with pytest.raises(ValueError, match="covariance of 'b' has the eigenvalue -2 beside 3"):
+        frechet_distance(normal(0, 9, 3), FeatureStatistics(torch.zeros(3), cov, 9))
+    cov[2, 2] = -1e-6  # what rounding leaves
+    stored = FeatureStatistics(torch.zeros(3), cov, 9)
+    assert frechet_distance(stored, stored) == pytest.approx(0, abs=1e-12)
+
+
+def test_memory_mapped_features(tmp_path, recwarn):
+    a, b = normal(0, 20, 4).numpy(), normal(1, 20, 4).numpy()
+    np.save(tmp_path / "a.npy", a)
+    assert frechet_distance(np.load(tmp_path / "a.npy", mmap_mode="r"), b) == frechet_distance(a, b)
+    assert not recwarn.list
 
 
 # --- statistics ---------------------------------------------------------------------------------------------------
@@ -147,6 +183,13 @@ def test_merging_statistics_given_as_mean_and_covariance():
     assert parts[0].count == 11  # the parts are left alone
 
 
+def test_statistics_keep_their_own_mean():
+    mean = torch.ones(2, dtype=torch.float64)
+    statistics = FeatureStatistics(mean, torch.eye(2), 5)
+    mean.zero_()
+    assert statistics.mean.tolist() == [1, 1]
+
+
 def test_statistics_round_trip_and_damaged_file(tmp_path):
     statistics = FeatureStatistics.of(normal(0, 20, 4))
     path = statistics.save(tmp_path / "statistics.safetensors")
@@ -170,6 +213,8 @@ def test_statistics_round_trip_and_damaged_file(tmp_path):
 def test_statistics_refuse_what_does_not_fit():
     with pytest.raises(ValueError, match="square covariance"):
         FeatureStatistics(torch.zeros(3), torch.zeros(3, 2), 5)
+    with pytest.raises(ValueError, match=r"symmetric; entries .* differ by 0\.5"):
+        FeatureStatistics(torch.zeros(2), torch.tensor([[1.0, 0.5], [0.0, 1.0]]), 5)
     statistics = FeatureStatistics.empty(3)
     with pytest.raises(ValueError, match="batch has 2 features, the statistics 3"):
         statistics.update(torch.zeros(4, 2))

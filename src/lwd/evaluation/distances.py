@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lwd.evaluation.statistics import Features, FeatureStatistics, as_features
+from lwd.evaluation.statistics import ROUNDING, Features, FeatureStatistics, as_features
 
 
 class PrecisionRecall(NamedTuple):
@@ -31,34 +32,37 @@ def frechet_distance(a: Features | FeatureStatistics, b: Features | FeatureStati
         b: the same, with the same D; moved to the device of `a`.
 
     Raises:
-        ValueError: NaN or infinite features, different widths, fewer than 2 samples.
+        ValueError: NaN or infinite features, different widths, fewer than 2 samples, a covariance with a negative
+            eigenvalue.
     """
-    first, second = (
-        x if isinstance(x, FeatureStatistics) else FeatureStatistics.of(x, f"features {name!r}")
-        for name, x in (("a", a), ("b", b))
-    )
-    if first.width != second.width:
+    mean_a, factor_a = _mean_and_factor(a, "a")
+    mean_b, factor_b = _mean_and_factor(b, "b")
+    if len(mean_a) != len(mean_b):
         raise ValueError(
-            f"a has {first.width} features per sample and b {second.width}; both must come from the same network"
+            f"a has {len(mean_a)} features per sample and b {len(mean_b)}; both must come from the same network"
         )
-    device = first.mean.device
-    cov_a, cov_b = first.cov, second.cov.to(device)
-    means = (first.mean - second.mean.to(device)).square().sum()
-    traces = cov_a.trace() + cov_b.trace()
-    return max(float(means + traces - 2 * _trace_sqrt_product(cov_a, cov_b)), 0.0)
+    mean_b, factor_b = mean_b.to(mean_a.device), factor_b.to(mean_a.device)
+    # tr (S_a S_b)^{1/2}: with S_a = A A^T and S_b = B B^T, the eigenvalues of S_a S_b are the squared singular values
+    # of A^T B. The symmetric A^T S_b A would be cheaper, but it squares them: an eigenvalue of 0 that comes out as
+    # eps adds sqrt(eps) to the sum, for every direction without data.
+    trace_of_root = torch.linalg.svdvals(factor_a.T @ factor_b).sum()
+    traces = factor_a.square().sum() + factor_b.square().sum()
+    return max(float((mean_a - mean_b).square().sum() + traces - 2 * trace_of_root), 0.0)
 
 
-def _trace_sqrt_product(cov_a: Tensor, cov_b: Tensor) -> Tensor:
-    r"""tr (S_a S_b)^{1/2} of two symmetric positive semi-definite matrices.
+def _mean_and_factor(x: Features | FeatureStatistics, name: str) -> tuple[Tensor, Tensor]:
+    """Mean [D], and A [D, rank or more] with A A^T = covariance."""
+    if not isinstance(x, FeatureStatistics):
+        features = as_features(x, f"features {name!r}")
+        samples, width = features.shape
+        if 2 <= samples <= width:  # the centred samples are such an A, and the smaller one
+            mean = features.mean(dim=0)
+            return mean, (features - mean).T / math.sqrt(samples - 1)
+        x = FeatureStatistics.of(features, f"features {name!r}")
+    return x.mean, _factor(x.cov, name)
 
-    With S_a = A A^T and S_b = B B^T, the eigenvalues of S_a S_b are the squared singular values of A^T B, so the trace
-    is their sum. The symmetric A^T S_b A would be a little cheaper, but it squares them: an eigenvalue of 0 that
-    comes out as eps adds sqrt(eps) to the sum, for every direction without data.
-    """
-    return torch.linalg.svdvals(_factor(cov_a).T @ _factor(cov_b)).sum()
 
-
-def _factor(cov: Tensor) -> Tensor:
+def _factor(cov: Tensor, name: str) -> Tensor:
     """A [D, rank] with A A^T = cov: Cholesky, or without the directions that are nothing but rounding."""
     rounding = len(cov) * torch.finfo(cov.dtype).eps
     factor, failed = torch.linalg.cholesky_ex(cov)
@@ -66,7 +70,13 @@ def _factor(cov: Tensor) -> Tensor:
     if not failed and pivots.min() > rounding * pivots.max():
         return factor
     eigenvalues, vectors = torch.linalg.eigh(cov)
-    kept = eigenvalues > rounding * eigenvalues.abs().max()
+    largest = eigenvalues.abs().max()
+    if eigenvalues[0] < -ROUNDING * largest:
+        raise ValueError(
+            f"the covariance of {name!r} has the eigenvalue {float(eigenvalues[0]):.3g} beside {float(largest):.3g}; "
+            "a covariance has none below 0. Compute it from the features again"
+        )
+    kept = eigenvalues > rounding * largest
     return vectors[:, kept] * eigenvalues[kept].sqrt()
 
 

@@ -14,9 +14,17 @@ from lwd.files import write_atomically
 
 Features = Tensor | np.ndarray
 
+ROUNDING = 1e-4
+"""What storage in float32 can do to a covariance, relative to its largest entry or eigenvalue, with room to spare."""
 
-def as_features(features: Features, name: str) -> Tensor:
-    """`features` as a finite float64 tensor [N, D] on its own device; ValueError that calls them `name` otherwise."""
+
+def as_features(features: Features, name: str, largest: float = 1e140) -> Tensor:
+    """`features` as a finite float64 tensor [N, D] on its own device; ValueError that calls them `name` otherwise.
+
+    Magnitudes above `largest` are refused too: sums of their squares would overflow, and the scores be NaN.
+    """
+    if isinstance(features, np.ndarray) and not features.flags.writeable:
+        features = features.copy()  # torch warns of arrays that it must not write to, such as memory maps
     result = torch.as_tensor(features)
     if result.ndim != 2 or result.shape[1] == 0:
         raise ValueError(f"{name} must have shape [samples, features], got {list(result.shape)}")
@@ -30,6 +38,8 @@ def as_features(features: Features, name: str) -> Tensor:
             f"{name} hold {bad} values that are NaN or infinite, in {rows} of {len(result)} samples; look at the "
             "images (or the network in half precision) that they come from"
         )
+    if result.numel() and float(result.abs().max()) > largest:
+        raise ValueError(f"{name} reach {float(result.abs().max()):.3g}; above {largest:.0e} their squares overflow")
     return result
 
 
@@ -40,14 +50,18 @@ class FeatureStatistics:
     sums of squares: the result does not depend on the batches beyond rounding.
 
     Raises:
-        ValueError: shapes that do not fit, values that are not finite, a negative count.
+        ValueError: shapes that do not fit, values that are not finite, a covariance that is not symmetric, a
+            negative count.
     """
 
     def __init__(self, mean: Features, cov: Features, count: int) -> None:
-        self.mean = as_features(torch.as_tensor(mean)[None], "the mean")[0]
-        cov = as_features(cov, "the covariance")
+        self.mean = as_features(torch.as_tensor(mean)[None], "the mean")[0].clone()
+        cov = as_features(cov, "the covariance", largest=1e290)
         if cov.shape != (len(self.mean), len(self.mean)):
             raise ValueError(f"a mean of {len(self.mean)} features needs a square covariance, got {list(cov.shape)}")
+        asymmetry = float((cov - cov.T).abs().max())
+        if asymmetry > ROUNDING * float(cov.abs().max()):
+            raise ValueError(f"a covariance must be symmetric; entries that should be equal differ by {asymmetry:.3g}")
         if count < 0:
             raise ValueError(f"the count of samples must not be negative, got {count}")
         self.count = int(count)

@@ -136,6 +136,14 @@ def _membership(spec: LatentSpec, device: torch.device, dtype: torch.dtype) -> T
     return (one_hot / one_hot.sum(dim=0)).to(device, dtype)
 
 
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)
+def _columns(normalization: Normalization, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation as [C, 1, 1]: on the device already, so that a step does not wait for a copy."""
+    mean, std = torch.tensor([normalization.mean, normalization.std], dtype=dtype, device=device)
+    return mean[:, None, None], std[:, None, None]
+
+
 IMAGENET_SPEC = LatentSpec([Group("texture", 32, 1.0), Group("semantic", 16, 2.0)])
 """ImageNet 256 as in the paper: texture 32x16x16, semantic 16x16x16 with w_sem = 2 (Appendix B)."""
 
@@ -199,6 +207,11 @@ class Normalization:
         mean, std = self._columns(latents)
         return (latents - mean) / std
 
+    def normalize_(self, latents: Tensor) -> Tensor:
+        """`normalize` in the memory of `latents`."""
+        mean, std = self._columns(latents)
+        return latents.sub_(mean).div_(std)
+
     def denormalize(self, latents: Tensor) -> Tensor:
         mean, std = self._columns(latents)
         return latents * std + mean
@@ -206,7 +219,7 @@ class Normalization:
     def _columns(self, like: Tensor) -> tuple[Tensor, Tensor]:
         if like.shape[1] != len(self.mean):
             raise ValueError(f"statistics of {len(self.mean)} channels do not fit latents {tuple(like.shape)}")
-        return like.new_tensor(self.mean)[:, None, None], like.new_tensor(self.std)[:, None, None]
+        return _columns(self, like.device, like.dtype)
 
     def require_equal(self, other: Normalization, ours: str, theirs: str) -> None:
         """ValueError naming both sides unless the statistics agree to 1e-5 relative."""

@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from lwd.data.memory import Batch
 from lwd.data.order import BatchOrder
-from lwd.data.shards import Batch
 from lwd.files import write_atomically, write_json
 from lwd.latents import LatentSpec, Normalization
 from lwd.loop import run_job

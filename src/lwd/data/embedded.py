@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lwd.data.shards import LatentDataset, ShardWriter
+from lwd.data.dataset import LatentDataset
+from lwd.data.writer import ShardWriter
 from lwd.encoders.efficientnet import EfficientNetFeatures
 from lwd.encoders.pca import PCA, PCAFit
 from lwd.encoders.pixels import PixelPatches

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lwd.data.quantize import dequantize
 from lwd.latents import LatentSpec, Normalization
 
 
@@ -19,6 +20,25 @@ class Batch:
     latents: Tensor
     labels: Tensor
     features: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StoredBatch:
+    """A batch as it lies on disk: latents [B, C, H, W] not normalised, features [B, F, h, w] perhaps in 8 bits with
+    their `scales` [B, h, w]. A quarter to a half of the bytes of the `Batch` it becomes on the device."""
+
+    latents: Tensor
+    labels: Tensor
+    features: Tensor | None = None
+    scales: Tensor | None = None
+
+    def to(self, device: torch.device | str, normalization: Normalization) -> Batch:
+        """The batch on `device`, normalised, in float32 (half precision features stay). Uses up this one's memory."""
+        latents = self.latents.to(device, non_blocking=True).float()
+        features = None if self.features is None else self.features.to(device, non_blocking=True)
+        if features is not None and self.scales is not None:
+            features = dequantize(features, self.scales.to(device, non_blocking=True))
+        return Batch(normalization.normalize_(latents), self.labels.to(device, non_blocking=True), features)
 
 
 class TensorLatents:

@@ -97,7 +97,7 @@ def test_recipes_lists_steps_and_summaries(capsys):
 def test_every_option_has_help_text():
     for name in cli.COMMANDS:
         shown = subprocess.run(
-            [sys.executable, "-m", "lwd.cli", name, "--help"], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "lwd", name, "--help"], capture_output=True, text=True, check=True
         ).stdout
         for option in re.findall(r"│ (--[a-z-]+)", shown):
             assert re.search(rf"{option}[^\n]*\n?[^\n]*[a-z]{{3,}}", shown), (name, option)

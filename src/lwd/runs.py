@@ -10,6 +10,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lwd.backbones import LightningDiT, LightningDiTConfig
-from lwd.encoders.pixels import PixelPatches
+from lwd.encoders.choose import Decoder, decoder
 from lwd.files import read_json, write_json
 from lwd.latents import LatentSpec, Normalization
 from lwd.objective import Denoiser
@@ -153,11 +154,13 @@ def decode_texture(latents: Tensor, spec: LatentSpec, normalization: Normalizati
     Raises:
         ValueError: the texture group's encoder is one that cannot be decoded.
     """
-    encoder = encoders.get(spec.names[0], {})
-    if encoder.get("encoder") != "pixels":
-        raise ValueError(f"cannot decode the group {spec.names[0]!r}, which was encoded by {encoder or 'unknown'}")
-    texture = spec.split(normalization.denormalize(latents.float().cpu()))[0]
-    return PixelPatches(encoder["patch"]).decode(texture)
+    texture = spec.split(normalization.denormalize(latents.float()))[0]
+    return _decoder(json.dumps(encoders.get(spec.names[0], {})), latents.device).decode(texture).cpu()
+
+
+@lru_cache(maxsize=2)
+def _decoder(description: str, device: torch.device) -> Decoder:
+    return decoder(json.loads(description), device)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -13,6 +13,8 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from lwd.data.dataset import LatentDataset
+from lwd.data.loader import BatchLoader
 from lwd.data.memory import Batch
 from lwd.data.order import BatchOrder
 from lwd.files import write_atomically, write_json
@@ -277,13 +279,20 @@ class Batches:
         self.data, self.seed, self.device, self.flips = data, config.seed, device, config.flips
         self.order = BatchOrder(len(data), config.batch_size, derived_seed(config.seed, "order"))
         self.label_dropout = config.label_dropout
+        # A set on disk is read ahead.
+        self.loader = None
+        if isinstance(data, LatentDataset):
+            self.loader = BatchLoader(data, self.order, device, flips=self.flips)
         self.null_label = getattr(denoiser, "null_label", None)
         if self.label_dropout > 0 and self.null_label is None:
             raise ValueError("label dropout needs a denoiser with a `null_label`; set label_dropout=0 to train without")
 
     def draw(self, step: int, distribution: TimeDistribution = "uniform") -> TrainingBatch:
-        flip = self.order.flips(step) if self.flips else None
-        batch = self.data.gather(self.order.indices(step), flip)
+        if self.loader is not None:
+            batch = self.loader.get(step)
+        else:
+            flip = self.order.flips(step) if self.flips else None
+            batch = self.data.gather(self.order.indices(step), flip)
         x1 = batch.latents.to(self.device, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True)
         features = None if batch.features is None else batch.features.to(self.device, non_blocking=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -141,13 +142,13 @@ class LatentDataset:
         for key in [*self._group_keys, *([FEATURES] if self.features else [])]:
             self._mapped.will_need(self._offsets(key, row), self._layout[key].bytes)
 
-    def names(self) -> list[str]:
-        """The images' names in order, from which the set was encoded; ValueError when the shards do not say."""
-        return [
-            name
-            for shard in self.manifest["shards"]
-            for name in image_names(self.directory / shard["files"][0]["file"])
-        ]
+    def labels(self) -> Tensor:
+        """The label of every image, [N]."""
+        return self._all_of("labels")
+
+    def names(self) -> list[list[str]]:
+        """The images' names, shard by shard in the order of the rows; ValueError when the shards do not hold them."""
+        return [image_names(self.directory / shard["files"][0]["file"]) for shard in self.manifest["shards"]]
 
     @property
     def bytes(self) -> int:
@@ -157,26 +158,20 @@ class LatentDataset:
     def to_memory(self, device: torch.device | str = "cpu") -> TensorLatents:
         """The whole set on `device`: the way to train on sets that fit."""
 
-        def all_of(key: str) -> Tensor:
-            row = self._layout[key]
-            parts = [
-                self._mapped.array(start, (count, *row.shape), row.dtype)
-                for start, count in zip(self._starts[key].tolist(), self._counts, strict=True)
-            ]
-            return torch.cat(parts).to(device)
-
         def latents(suffix: str) -> Tensor:
-            return torch.cat([all_of(key + suffix).float() for key in self._group_keys], dim=1)
+            return torch.cat([self._all_of(key + suffix).to(device).float() for key in self._group_keys], dim=1)
 
         def features(suffix: str) -> Tensor:
-            stored = all_of(FEATURES + suffix)
+            stored = self._all_of(FEATURES + suffix).to(device)
             scale = FEATURES + suffix + SCALE
-            return dequantize(stored, all_of(scale), torch.float16) if scale in self._layout else stored
+            if scale not in self._layout:
+                return stored
+            return dequantize(stored, self._all_of(scale).to(device), torch.empty_like(stored, dtype=torch.float16))
 
         return TensorLatents(
             self.spec,
             latents(""),
-            all_of("labels"),
+            self.labels().to(device),
             normalization=self.normalization,
             flipped=latents(FLIP) if self.flips else None,
             features=features("") if self.features else None,
@@ -184,6 +179,14 @@ class LatentDataset:
             class_names=self.class_names,
             encoders=self.encoders,
         )
+
+    def _all_of(self, key: str) -> Tensor:
+        row = self._layout[key]
+        parts = [
+            self._mapped.array(start, (count, *row.shape), row.dtype)
+            for start, count in zip(self._starts[key].tolist(), self._counts, strict=True)
+        ]
+        return torch.cat(parts)
 
     def _rows(self, indices: Tensor, flip: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Shard and row within it of every image, and whether it is mirrored."""
@@ -203,7 +206,7 @@ class LatentDataset:
         return start + local * self._layout[key + suffix].bytes
 
     def _gather(self, key: str, row: tuple[Tensor, Tensor, Tensor | None], out: Tensor, suffix: str = "") -> None:
-        self._mapped.gather(self._offsets(key, row, suffix), out)
+        self._mapped.gather(self._offsets(key, row, suffix), out, self._alignment)
 
     def _empty(self, count: int, pinned: bool) -> StoredBatch:
         def empty(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -241,6 +244,7 @@ class LatentDataset:
                         f"{self._layout[key]}; {_remake(path)}"
                     )
                 self._starts[key][number] = begin + array.start
+        self._alignment = math.gcd(8, *torch.cat(list(self._starts.values())).unique().tolist())
         for key, starts in self._starts.items():
             if (starts < 0).any():
                 path = self.directory / self.manifest["shards"][int((starts < 0).nonzero()[0])]["files"][0]["file"]

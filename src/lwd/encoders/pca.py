@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -70,12 +72,26 @@ class PCA:
     mean: Tensor
     explained: Tensor
 
-    def transform(self, maps: Tensor) -> Tensor:
-        """[N, F, h, w] -> [N, channels, h, w]."""
+    @property
+    def channels(self) -> int:
+        return len(self.directions)
+
+    def transform(self, maps: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+        """[N, F, h, w] -> [N, channels, h, w]; nothing here is random."""
         if maps.shape[1] != len(self.mean):
             raise ValueError(f"feature maps of {maps.shape[1]} features for a PCA of {len(self.mean)}")
         directions, mean = self.directions.to(maps.device), self.mean.to(maps.device)
         return torch.einsum("cf,nfhw->nchw", directions, maps.float() - mean[:, None, None])
+
+    def describe(self) -> dict[str, Any]:
+        """The projection's entry in a manifest."""
+        content = torch.cat([self.directions.flatten(), self.mean]).cpu().numpy().tobytes()
+        return {
+            "encoder": "pca",
+            "channels": self.channels,
+            "explained": float(self.explained.sum()),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
 
     def save(self, path: str | Path) -> Path:
         tensors = {"directions": self.directions.contiguous(), "mean": self.mean, "explained": self.explained}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ class PixelPatches:
             raise ValueError(f"a patch has at least one pixel, not {patch}")
         self.patch = patch
 
-    def encode(self, images: Tensor) -> Tensor:
-        """uint8 [N, H, W] or [N, c, H, W] -> float32 [N, c patch^2, H / patch, W / patch]."""
+    def encode(self, images: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+        """uint8 [N, H, W] or [N, c, H, W] -> float32 [N, c patch^2, H / patch, W / patch]; nothing here is random."""
         if images.dtype != torch.uint8 or images.ndim not in (3, 4):
             raise ValueError(
                 f"images must be uint8 [N, H, W] or [N, c, H, W], not {images.dtype} {tuple(images.shape)}"

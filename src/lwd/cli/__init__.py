@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 # Nothing heavy is imported here: `lwd --help` must not wait for torch.
+from lwd.cli.encode import encode, semvae
 
 
 def demo(
@@ -32,22 +33,6 @@ def demo(
 
     page = run_demo(directory, budget=budget, seed=seed, device=device, compiled=compile)
     print(f"The page is ready: {page.resolve()}")
-
-
-def encode(out: Path, data: str = "fashion-mnist") -> None:
-    """Encode images into composite latents: shards, manifest and statistics.
-
-    Args:
-        out: directory for the latents; it gets train/ and heldout/.
-        data: which images; fashion-mnist is the embedded set.
-    """
-    from lwd.data.embedded import encode_embedded
-    from lwd.progress import counting
-
-    if data != "fashion-mnist":
-        raise ValueError(f"unknown data {data!r}; only the embedded 'fashion-mnist' can be encoded so far")
-    encode_embedded(out, progress=counting("encode", "image"))
-    print(f"Latents are in {out}/train and {out}/heldout.")
 
 
 def probe(
@@ -75,6 +60,7 @@ def probe(
         compile: compile the network; by default on a GPU.
     """
     from lwd.data import LatentDataset
+    from lwd.data.loader import nearest
     from lwd.probe import sweep_kinetic
     from lwd.recipes import get_recipe
     from lwd.runs import default_compile, default_precision, initial_denoiser, pick_device, write_run_config
@@ -85,7 +71,7 @@ def probe(
     where = pick_device(device)
     compiled = default_compile(where) if compile is None else compile
     config = replace(chosen.probe, seed=seed, compile=compiled, precision=default_precision(where))
-    data = LatentDataset.open(latents).to_memory(where)
+    data = nearest(LatentDataset.open(latents), where)
     write_run_config(out, where, recipe=recipe, latents=str(latents), probe=config, backbone=chosen.backbone)
     sweep = sweep_kinetic(
         lambda: initial_denoiser(chosen.backbone, seed),
@@ -126,6 +112,7 @@ def train(
         compile: compile the network; by default on a GPU.
     """
     from lwd.data import LatentDataset
+    from lwd.data.loader import nearest
     from lwd.recipes import get_recipe, make_schedule
     from lwd.runs import default_compile, default_precision, initial_denoiser, pick_device, write_run_config
     from lwd.training import train as run_training
@@ -137,7 +124,7 @@ def train(
             "this recipe trains on a learned schedule: pass --schedule with the file that `lwd probe` made"
         )
     where = pick_device(device)
-    data = LatentDataset.open(latents).to_memory(where)
+    data = nearest(LatentDataset.open(latents), where)
     compiled = default_compile(where) if compile is None else compile
     config = replace(chosen.train, seed=seed, compile=compiled, precision=default_precision(where))
     denoiser = initial_denoiser(chosen.backbone, seed)
@@ -245,7 +232,7 @@ def recipes() -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    function.__name__: function for function in (demo, encode, probe, train, sample, evaluate, report, recipes)
+    function.__name__: function for function in (demo, encode, semvae, probe, train, sample, evaluate, report, recipes)
 }
 
 
@@ -294,7 +281,3 @@ def _overview() -> str:
 def _fail(message: str) -> None:
     print(f"lwd: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,166 @@
+"""Encoders by name, as commands and manifests give them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lwd.encoders.composite import (
+    CompositeEncoder,
+    FeatureNetwork,
+    GroupEncoder,
+    ProjectedFeatures,
+    Projection,
+    SharedFeatures,
+)
+from lwd.encoders.efficientnet import EfficientNetMaps
+from lwd.encoders.pca import PCA
+from lwd.encoders.pixels import PixelPatches
+
+Posterior = Literal["sample", "mean"]
+Precision = Literal["float32", "bf16"]
+
+
+class Decoder(Protocol):
+    """Latents of the texture group back to images."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[N, C, h, w], not normalised -> uint8 [N, c, H, W]."""
+        ...
+
+
+def texture_encoder(name: str, *, posterior: Posterior = "sample", device: torch.device | str = "cpu") -> GroupEncoder:
+    """The texture encoder called `name`.
+
+    Args:
+        name: ``pixels:8`` for patches of 8 x 8 pixels; else an image autoencoder: a checkpoint of LDM or VA-VAE
+            (.ckpt, .pt, .safetensors), a directory of diffusers, or a name on the Hugging Face hub.
+        posterior: whether an autoencoder's latents are samples or means.
+    """
+    if name.startswith("pixels"):
+        return PixelPatches(_numbers(name, "pixels:PATCH", 1)[0])
+    from lwd.encoders.autoencoder import ImageAutoencoder
+
+    return ImageAutoencoder.load(name, posterior=posterior, device=device)
+
+
+def feature_network(
+    name: str, *, grid: int | None = None, device: torch.device | str = "cpu", precision: Precision = "float32"
+) -> FeatureNetwork:
+    """The feature network called `name`.
+
+    Args:
+        name: ``efficientnet`` or ``efficientnet:BLOCK:SIZE``; else a DINOv2 or CLIP: ``dinov2-s``, ``dinov2-b``,
+            ``dinov2-l`` (with registers), ``clip-b``, ``clip-l``, a directory of transformers, a name on the hub, or
+            DINOv2's own .pth.
+        grid: positions per side to which the maps are resized where the network's own grid is another.
+    """
+    if name.split(":")[0] == "efficientnet":
+        block, size = _numbers(name, "efficientnet:BLOCK:SIZE", 2) if ":" in name else (10, 64)
+        return EfficientNetMaps(block, size, device)
+    from lwd.encoders.foundation import FoundationFeatures
+
+    return FoundationFeatures.load(name, grid=grid, device=device, precision=precision)
+
+
+def projection(name: str, *, posterior: Posterior | None = None, device: torch.device | str = "cpu") -> Projection:
+    """A fitted projection: ``semvae:PATH`` or ``pca:PATH``. (``pca:CHANNELS`` is one that is still to be fitted.)"""
+    kind, _, path = name.partition(":")
+    if kind == "pca" and path:
+        return PCA.load(path)
+    if kind == "semvae" and path:
+        from lwd.encoders.semvae import SemVAE
+
+        return SemVAE.load(path, device=device, **({} if posterior is None else {"posterior": posterior}))
+    raise ValueError(f"unknown projection {name!r}; there are pca:CHANNELS, pca:FILE and semvae:FILE")
+
+
+def decoder(description: Mapping[str, Any], device: torch.device | str = "cpu") -> Decoder:
+    """What decodes the texture latents of the encoder that a manifest describes.
+
+    Raises:
+        ValueError: an encoder that has no decoder; weights that are not those the latents were made with.
+    """
+    kind = description.get("encoder")
+    if kind == "pixels":
+        return PixelPatches(description["patch"])
+    if kind == "autoencoder":
+        from lwd.encoders.autoencoder import ImageAutoencoder
+
+        return ImageAutoencoder.from_description(dict(description), device)
+    raise ValueError(f"latents of {dict(description) or 'an unknown encoder'} cannot be decoded to images")
+
+
+def encoder_of(
+    manifest: Mapping[str, Any], directory: Path, *, device: torch.device | str = "cpu", precision: Precision = "float32"
+) -> CompositeEncoder:
+    """The encoder that made the latent set in `directory`: to encode other images the same way.
+
+    Raises:
+        ValueError: a group whose encoder is not one of ours; weights that have changed since.
+    """
+    networks: dict[str, SharedFeatures] = {}
+
+    def network(description: Mapping[str, Any]) -> SharedFeatures:
+        key = json.dumps(description, sort_keys=True)
+        if key not in networks:
+            networks[key] = SharedFeatures(_network_of(description, device, precision))
+        return networks[key]
+
+    groups: dict[str, GroupEncoder] = {}
+    for group in manifest["groups"]:
+        name, description = group["name"], manifest["encoders"].get(group["name"], {})
+        kind = description.get("encoder")
+        if kind == "pixels":
+            groups[name] = PixelPatches(description["patch"])
+        elif kind == "autoencoder":
+            groups[name] = texture_encoder(description["source"], posterior=description["posterior"], device=device)
+        elif kind == "pca":
+            groups[name] = ProjectedFeatures(network(description["network"]), PCA.load(default_pca_path(directory)))
+        elif kind == "semvae":
+            head = projection(f"semvae:{description['source']}", posterior=description["posterior"], device=device)
+            groups[name] = ProjectedFeatures(network(description["network"]), head)
+        else:
+            raise ValueError(
+                f"cannot encode group {name!r} again: it was made by {description or 'an unknown encoder'}"
+            )
+    features = manifest["encoders"].get("features")
+    weights = {group["name"]: group["weight"] for group in manifest["groups"]}
+    encoder = CompositeEncoder(groups, weights=weights, repa=None if features is None else network(features))
+    for name, description in encoder.describe().items():
+        if description != manifest["encoders"][name]:
+            raise ValueError(
+                f"the encoder of {name!r} is no longer the one that made {directory}: {description} now, "
+                f"{manifest['encoders'][name]} then"
+            )
+    return encoder
+
+
+def _network_of(description: Mapping[str, Any], device: torch.device | str, precision: Precision) -> FeatureNetwork:
+    if description["network"] == "efficientnet-lite0":
+        return EfficientNetMaps(description["block"], description["size"], device)
+    grid = description["grid"]
+    return feature_network(description["source"], grid=grid[0], device=device, precision=precision)
+
+
+def channels_to_fit(name: str) -> int | None:
+    """The channels of a PCA that is still to be fitted (``pca:16``); None for anything that is fitted already."""
+    kind, _, channels = name.partition(":")
+    return int(channels) if kind == "pca" and channels.isdigit() else None
+
+
+def _numbers(text: str, form: str, count: int) -> tuple[int, ...]:
+    parts = text.split(":")[1:]
+    if len(parts) != count or not all(part.isdigit() for part in parts):
+        raise ValueError(f"{text!r} is not of the form {form}, for example {'pixels:8' if count == 1 else form}")
+    return tuple(int(part) for part in parts)
+
+
+def default_pca_path(directory: Path) -> Path:
+    """Where a latent set keeps the PCA that was fitted for it."""
+    return directory / "encoders" / "pca.safetensors"

@@ -414,6 +414,26 @@ def command(folder, out, *more):
     ]  # fmt: skip
 
 
+def test_processes_that_run_at_once_share_the_work(folder, tmp_path):
+    more = ("--features", "efficientnet:10:64", "--semantic", "pca:3", "--pca-images", "5")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command(folder, tmp_path / "one", *more), check=True, env=environment, capture_output=True)
+    processes = [
+        subprocess.Popen(
+            command(folder, tmp_path / "three", *more),
+            env=environment | {"RANK": str(rank), "WORLD_SIZE": "3"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(3)
+    ]
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+    assert (tmp_path / "three" / "manifest.json").exists()
+
+
 def test_killed_at_any_moment_the_command_goes_on(folder, tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(command(folder, tmp_path / "whole"), check=True, env=environment, capture_output=True)

@@ -352,6 +352,7 @@ def _check(out: Path, images: str) -> None:
 def _add(
     out: Path, source: ImageSource, text: str, weight: float | None, batch: int, workers: int, share: Share
 ) -> None:
+    import sys
     from importlib import import_module
 
     from lwd.data.extend import add_group
@@ -361,6 +362,7 @@ def _add(
     module, _, function = path.partition(":")
     if not (name and module and function):
         raise ValueError(f"--add {text!r} is not of the form NAME=MODULE:FUNCTION, for example depth=my_depth:encode")
+    sys.path.insert(0, str(Path.cwd()))  # where people keep such a module
     encode_images = getattr(import_module(module), function, None)
     if not callable(encode_images):
         raise ValueError(f"module {module} has no function {function!r}")

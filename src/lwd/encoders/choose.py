@@ -50,7 +50,12 @@ def texture_encoder(name: str, *, posterior: Posterior = "sample", device: torch
 
 
 def feature_network(
-    name: str, *, grid: int | None = None, device: torch.device | str = "cpu", precision: Precision = "float32"
+    name: str,
+    *,
+    image_size: int | None = None,
+    grid: int | None = None,
+    device: torch.device | str = "cpu",
+    precision: Precision = "float32",
 ) -> FeatureNetwork:
     """The feature network called `name`.
 
@@ -58,6 +63,7 @@ def feature_network(
         name: ``efficientnet`` or ``efficientnet:BLOCK:SIZE``; else a DINOv2 or CLIP: ``dinov2-s``, ``dinov2-b``,
             ``dinov2-l`` (with registers), ``clip-b``, ``clip-l``, a directory of transformers, a name on the hub, or
             DINOv2's own .pth.
+        image_size: pixels per side that images are resized to; the network's own by default.
         grid: positions per side to which the maps are resized where the network's own grid is another.
     """
     if name.split(":")[0] == "efficientnet":
@@ -65,7 +71,7 @@ def feature_network(
         return EfficientNetMaps(block, size, device)
     from lwd.encoders.foundation import FoundationFeatures
 
-    return FoundationFeatures.load(name, grid=grid, device=device, precision=precision)
+    return FoundationFeatures.load(name, image_size=image_size, grid=grid, device=device, precision=precision)
 
 
 def projection(name: str, *, posterior: Posterior | None = None, device: torch.device | str = "cpu") -> Projection:
@@ -144,8 +150,8 @@ def encoder_of(
 def _network_of(description: Mapping[str, Any], device: torch.device | str, precision: Precision) -> FeatureNetwork:
     if description["network"] == "efficientnet-lite0":
         return EfficientNetMaps(description["block"], description["size"], device)
-    grid = description["grid"]
-    return feature_network(description["source"], grid=grid[0], device=device, precision=precision)
+    size, grid = description["image_size"], description["grid"][0]
+    return feature_network(description["source"], image_size=size, grid=grid, device=device, precision=precision)
 
 
 def channels_to_fit(name: str) -> int | None:

@@ -1,38 +1,51 @@
-"""The loop that the probe and the training share: logging, checkpoints that resume exactly, a stop on NaN.
+"""The loop that every training shares: metrics, checkpoints that resume exactly, stops that lose nothing.
 
 A job does the updates; the loop owns its directory:
 
-    metrics.jsonl    one line of scalars every `log_every` steps
-    checkpoint.pt    everything needed to go on, replaced atomically
+    metrics.jsonl    one line of metrics every `log_every` steps
+    checkpoints/     everything needed to go on, see `lwd.checkpoints`
 """
 
 from __future__ import annotations
 
-import json
-import pickle
+import signal
+import threading
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lwd.files import write_atomically, write_text
+from lwd import distributed
+from lwd.checkpoints import Checkpoints
+from lwd.metrics import MetricsLog, Watcher
 from lwd.progress import Progress
+
+COUNT = "/count"
+"""Suffix of a metric that another of the same name without it is to be divided by, after both have been averaged."""
+
+PREEMPTION_CHECK = 10
+"""Steps between two agreements of several processes on whether one of them was told to stop."""
 
 
 class Job(Protocol):
     """One optimisation: `update` makes step number `step` (0 first) as a pure function of the state and `step`."""
 
     def update(self, step: int) -> dict[str, Tensor]:
-        """Do one step; return scalars, ``"loss"`` among them, still on the device."""
+        """Do one step; return metrics, scalars or vectors, ``"loss"`` among them, still on the device."""
         ...
 
     def describe(self) -> dict[str, Any]:
         """Further values for the log line, read only when one is written."""
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """All state as a nest of tensors and numbers, of the same structure at any step."""
+        ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -41,8 +54,20 @@ class Job(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Hook:
+    """Something to do every `images` images, at log steps: samples, validation. What it returns joins the log line."""
+
+    images: int
+    act: Callable[[int], dict[str, Any]]
+
+
 class NonFiniteLossError(FloatingPointError):
-    """The loss became NaN or infinite; the message says at which step and what was found."""
+    """The loss or a gradient became NaN or infinite; the message says at which step and what was found."""
+
+
+class PreemptedError(SystemExit):
+    """SIGTERM came; a checkpoint of this very step has been written."""
 
 
 def run_job(
@@ -55,14 +80,26 @@ def run_job(
     batch_size: int,
     log_every: int = 50,
     save_seconds: float = 60.0,
+    keep_last: int = 2,
+    keep_every: int = 0,
+    skip_non_finite: bool = False,
+    must_resume: bool = False,
+    watchers: Sequence[Watcher] = (),
+    hooks: Sequence[Hook] = (),
 ) -> list[dict[str, Any]]:
-    """Run `job` up to `steps` updates, going on from a checkpoint in `directory` if there is one.
+    """Run `job` up to `steps` updates, going on from the newest checkpoint in `directory` if there is one.
 
     Args:
         directory: where the log and checkpoints go; None keeps everything in memory.
         identity: the configuration that a checkpoint must have been made with to be continued.
-        title, batch_size: for the progress display and images per second.
+        title, batch_size: for the progress display and images per second; the batch is that of all processes.
         save_seconds: least seconds between checkpoints, which are made at log steps; there is always one at the end.
+        keep_last, keep_every: see `Checkpoints`.
+        skip_non_finite: go on after a step whose loss or gradient is not finite (it changes nothing then), and count
+            such steps in the log, instead of stopping.
+        must_resume: a run that finds no checkpoint is an error.
+        watchers: get every log line too.
+        hooks: are called at log steps.
 
     Returns:
         The log lines of all steps so far.
@@ -70,83 +107,88 @@ def run_job(
     Raises:
         NonFiniteLossError: the last good checkpoint is kept.
         ValueError: the checkpoint in `directory` belongs to another configuration, or is damaged.
+        FileNotFoundError: there is no checkpoint, though there must be.
+        PreemptedError: SIGTERM came, and a checkpoint was written.
     """
-    done = 0
-    history: list[dict[str, Any]] = []
+    main = distributed.rank() == 0
+    log = MetricsLog(directory if main else None, list(watchers) if main else [])
+    checkpoints = None
+    done, history, pending = 0, list[dict[str, Any]](), list[dict[str, Tensor]]()
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        done, history = _resume(job, directory, identity)
-    unlogged: list[dict[str, Tensor]] = []
-    saved_at = window_start = time.monotonic()
+        checkpoints = Checkpoints(directory, keep_last=keep_last, keep_every=keep_every)
+        done, history, pending = _resume(job, checkpoints, log, identity, must_resume)
 
-    with Progress(title, steps, done=done) as progress:
+    def save(*, wait: bool = False) -> None:
+        if checkpoints is not None:
+            meta = {
+                "step": done,
+                "images": done * batch_size,
+                "processes": distributed.world(),
+                "identity": identity,
+                # Metrics since the last log line, so that the next one is that of an uninterrupted run.
+                "pending": [{name: value.tolist() for name, value in row.items()} for row in pending],
+            }
+            checkpoints.save(done, job.state_dict(), meta, wait=wait)
+
+    saved_at = window_start = time.monotonic()
+    in_window = 0
+    with _Termination() as termination, Progress(title, steps, done=done, shown=main) as progress:
         while done < steps:
             # Scalars stay on the device between log lines: reading one would make the host wait for it every step.
-            unlogged.append(job.update(done))
-            done += 1
+            pending.append(job.update(done))
+            done, in_window = done + 1, in_window + 1
             info = ""
             if done % log_every == 0 or done == steps:
-                _require_finite(unlogged, done, job)
+                skipped = _require_finite(pending, done, job, skip_non_finite)
                 elapsed = time.monotonic() - window_start
-                row = {"step": done, **_mean_metrics(unlogged), **job.describe()}
-                row["images_per_second"] = len(unlogged) * batch_size / elapsed
-                unlogged, window_start = [], time.monotonic()
+                row = {"step": done, **_mean_metrics(pending), **job.describe()}
+                row["images_per_second"] = in_window * batch_size / elapsed
+                if skipped:
+                    row["skipped"] = skipped
+                for hook in hooks:
+                    if done * batch_size // hook.images > (done - len(pending)) * batch_size // hook.images:
+                        row |= hook.act(done)
+                pending, in_window, window_start = [], 0, time.monotonic()
                 history.append(row)
+                if main:
+                    log.add(row)
                 info = f"loss {row['loss']:.4f}"
-                if directory is not None:
-                    with open(directory / "metrics.jsonl", "a", encoding="utf-8") as log:
-                        log.write(json.dumps(row) + "\n")
-                    # Only here: what is saved has been checked, and no metrics are pending.
-                    if done == steps or time.monotonic() - saved_at >= save_seconds:
-                        _save(job, done, directory, identity)
-                        saved_at = time.monotonic()
+                due = done == steps or time.monotonic() - saved_at >= save_seconds
+                # The clock of one process decides for all.
+                if checkpoints is not None and distributed.from_main(due):
+                    save()
+                    saved_at = time.monotonic()
             progress.advance(info=info)
+            if (distributed.world() == 1 or done % PREEMPTION_CHECK == 0) and distributed.any_of(termination.wanted):
+                save(wait=True)
+                raise PreemptedError(143)
+    if checkpoints is not None:
+        checkpoints.finish()
+        distributed.wait_for_all()
     return history
 
 
-def _save(job: Job, done: int, directory: Path, identity: dict[str, Any]) -> None:
-    state = {"step": done, "identity": identity, "job": job.state_dict()}
-    write_atomically(directory / "checkpoint.pt", lambda path: torch.save(state, path))
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content on the CPU; ValueError naming the file when it is damaged."""
-    try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
+def _resume(
+    job: Job, checkpoints: Checkpoints, log: MetricsLog, identity: dict[str, Any], must_resume: bool
+) -> tuple[int, list[dict[str, Any]], list[dict[str, Tensor]]]:
+    steps: list[int] = distributed.from_main(checkpoints.steps())
+    if not steps:
+        if must_resume:
+            raise FileNotFoundError(
+                f"there is no checkpoint in {checkpoints.directory} to resume from; run without --resume to begin"
+            )
+        return 0, distributed.from_main(log.resume(0)), []
+    step = steps[-1]
+    meta = distributed.from_main(checkpoints.meta(step))
+    if differences := _differences(meta["identity"], identity):
         raise ValueError(
-            f"{path} is damaged or not a checkpoint ({error}). Delete it to start this run again from its beginning."
-        ) from error
-    return state
-
-
-def _resume(job: Job, directory: Path, identity: dict[str, Any]) -> tuple[int, list[dict[str, Any]]]:
-    path, log = directory / "checkpoint.pt", directory / "metrics.jsonl"
-    if not path.exists():
-        log.unlink(missing_ok=True)
-        return 0, []
-    state = read_checkpoint(path)
-    differences = _differences(state["identity"], identity)
-    if differences:
-        raise ValueError(
-            f"{path} was made with other settings; continue with the same ones or choose another directory:\n  "
-            + "\n  ".join(differences)
+            f"{checkpoints.path(step)} was made with other settings; continue with the same ones or choose another "
+            "directory:\n  " + "\n  ".join(differences)
         )
-    job.load_state_dict(state["job"])
-    done = int(state["step"])
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    # An interrupted run may have logged past its last checkpoint, the last line perhaps only half.
-    history = [row for row in map(_parse_line, lines) if row is not None and row["step"] <= done]
-    write_text(log, "".join(json.dumps(row) + "\n" for row in history))
-    return done, history
-
-
-def _parse_line(line: str) -> dict[str, Any] | None:
-    try:
-        row: dict[str, Any] = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return row
+    job.load_state_dict(checkpoints.load(step, job.state_dict()))
+    pending = [{name: torch.tensor(value) for name, value in row.items()} for row in meta["pending"]]
+    return step, distributed.from_main(log.resume(step)), pending
 
 
 def _differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
@@ -165,17 +207,63 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _require_finite(rows: list[dict[str, Tensor]], done: int, job: Job) -> None:
-    if not rows or torch.stack([row["loss"] for row in rows]).isfinite().all():
-        return
-    first = next(i for i, row in enumerate(rows) if not row["loss"].isfinite())
+def _require_finite(rows: list[dict[str, Tensor]], done: int, job: Job, skip: bool) -> int:
+    """How many of the steps in `rows` were not finite, in any process; those are removed, or it is an error."""
+    watched = [name for name in ("loss", "gradient_norm") if name in rows[0]]
+    finite = torch.stack([torch.stack([row[name].float() for name in watched]) for row in rows]).isfinite().all(dim=1)
+    bad = distributed.mean_((~finite).float()) > 0
+    if not bool(bad.any()):
+        return 0
+    if skip:
+        skipped = int(bad.sum())
+        if skipped == len(rows):
+            raise NonFiniteLossError(f"none of the last {skipped} steps had a finite loss; there is nothing to skip to")
+        rows[:] = [row for row, drop in zip(rows, bad.tolist(), strict=True) if not drop]
+        return skipped
+    first = int(bad.nonzero()[0])
     step = done - len(rows) + first
-    terms = ", ".join(f"{name} {float(value):g}" for name, value in rows[first].items())
+    terms = ", ".join(f"{name} {float(value):g}" for name, value in rows[first].items() if value.ndim == 0)
     raise NonFiniteLossError(
-        f"the loss is not finite at step {step + 1} ({terms}). {job.explain(step)} "
+        f"the loss or its gradient is not finite at step {step + 1} ({terms}). {job.explain(step)} "
         "The last checkpoint was made before that and is kept."
     )
 
 
 def _mean_metrics(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
-    return {name: float(torch.stack([row[name] for row in rows]).double().mean()) for name in rows[0]}
+    """Means over the rows and over the processes; of vectors, element by element, None where there was nothing."""
+    names = list(rows[0])
+    # One message for all of them.
+    means = [torch.stack([row[name].to("cpu", torch.float64) for row in rows]).mean(dim=0) for name in names]
+    joined = distributed.mean_(torch.cat([mean.flatten() for mean in means]))
+    parts = joined.split([mean.numel() for mean in means])
+    by_name = {name: part.view_as(mean) for name, part, mean in zip(names, parts, means, strict=True)}
+    result: dict[str, Any] = {}
+    for name, value in by_name.items():
+        if name.endswith(COUNT):
+            continue
+        count = by_name.get(name + COUNT)
+        if count is not None:
+            ratios = zip(value.tolist(), count.tolist(), strict=True)
+            result[name] = [total / number if number else None for total, number in ratios]
+        else:
+            result[name] = value.tolist()
+    return result
+
+
+class _Termination:
+    """Remembers that SIGTERM came, instead of dying of it, for the length of the block."""
+
+    wanted = False
+
+    def __enter__(self) -> _Termination:
+        self._usable = threading.current_thread() is threading.main_thread()
+        if self._usable:
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.wanted = True
+
+    def __exit__(self, *_: object) -> None:
+        if self._usable:
+            signal.signal(signal.SIGTERM, self._before)

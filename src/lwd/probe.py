@@ -10,20 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lwd import distributed
+from lwd.batches import Batches, LatentSource
 from lwd.files import read_json, write_json
 from lwd.loop import run_job
+from lwd.metrics import Watcher
 from lwd.objective import Jacobian, Reduction, schedule_objective
+from lwd.parallel import Precision, Trained, adamw, guarded_step, load_network_state, network_state
 from lwd.schedules import PolynomialSchedule, schedule_from_dict
-from lwd.training import (
-    Batches,
-    LatentSource,
-    OptimizerConfig,
-    Precision,
-    check_groups,
-    logged,
-    prepare_forward,
-    to_json,
-)
+from lwd.training import OptimizerConfig, by_time, check_groups, identity_of, logged, machine_use, mean_of, to_json
 
 COLLAPSE_DELAY = 0.8
 """A probe whose mean curve has at least this delay (see `delay`) counts as collapsed."""
@@ -67,6 +62,8 @@ class ProbeConfig:
     compile: bool = False
     log_every: int = 50
     save_seconds: float = 300.0
+    accumulate: int = 1
+    recompute: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.burn_in < self.steps:
@@ -102,13 +99,14 @@ def learn_schedule(
     directory: Path | str | None = None,
     device: torch.device | str = "cpu",
     title: str = "probe",
+    watchers: Sequence[Watcher] = (),
 ) -> LearnedSchedule:
     """Algorithm 1, stage I: update a temporary denoiser and rho jointly on L_rho, average rho after the burn-in.
 
     Args:
         denoiser: a freshly initialised network. It is trained and of no use afterwards. A frozen one does not work:
             rho would only see the mismatch between model and schedule (section 3.5).
-        directory: gets ``schedule.json``, ``metrics.jsonl`` and ``checkpoint.pt``; an interrupted probe there goes on,
+        directory: gets ``schedule.json``, ``metrics.jsonl`` and ``checkpoints/``; an interrupted probe there goes on,
             step for step as if uninterrupted.
 
     Raises:
@@ -119,24 +117,26 @@ def learn_schedule(
     spec = data.spec
     schedule = PolynomialSchedule(config.degree, groups=len(spec), names=spec.names).to(device)
     check_groups(data, schedule, denoiser)
+    parameters = sum(p.numel() for p in denoiser.parameters())
     job = _Probe(denoiser.to(device), schedule, data, config, torch.device(device))
     history = run_job(
         job,
         config.steps,
         directory=directory,
         identity={
-            "probe": to_json(config),
+            "probe": identity_of(config),
             "normalization": data.normalization.to_dict(),
-            "parameters": sum(p.numel() for p in denoiser.parameters()),
+            "parameters": parameters,
         },
         title=title,
         batch_size=config.batch_size,
         log_every=config.log_every,
         save_seconds=config.save_seconds,
+        watchers=watchers,
     )
     learned = PolynomialSchedule(config.degree, job.mean_rho(), groups=len(spec), names=spec.names).frozen()
     learned.provenance = {"probe": to_json(config), "images": len(data), "delay": delay(learned)}
-    if directory is not None:
+    if directory is not None and distributed.rank() == 0:
         learned.save(directory / "schedule.json")
     return LearnedSchedule(learned, history, delay(learned))
 
@@ -153,46 +153,60 @@ class _Probe:
         device: torch.device,
     ) -> None:
         self.denoiser, self.schedule, self.data, self.config = denoiser.train(), schedule, data, config
-        self.batches = Batches(data, config, denoiser, device)
-        self.forward = prepare_forward(denoiser, config.precision, config.compile, device)
-        # The REPA projector, if the network has one, gets no gradient here; AdamW skips it.
-        self.optimizer = torch.optim.AdamW(
+        self.device, self.batches = device, Batches(data, config, denoiser, device)
+        self.forward = Trained(
+            denoiser,
+            device,
+            precision=config.precision,
+            compiled=config.compile,
+            recompute=config.recompute,
+            unused=("repa_projector",),
+        )
+        self.learned = nn.ModuleDict({"denoiser": denoiser, "schedule": schedule})
+        self.optimizer = adamw(
             [
                 {"params": [p for p in denoiser.parameters() if p.requires_grad], "lr": config.optimizer.lr},
                 {"params": [schedule.rho], "lr": config.rho_lr},
             ],
+            device,
             betas=config.optimizer.betas,
             weight_decay=0.0,
-            fused=device.type in ("cpu", "cuda"),
         )
         self.rho_sum = torch.zeros_like(schedule.rho, dtype=torch.float64, device="cpu").to(device)
         self.averaged = 0
 
     def update(self, step: int) -> dict[str, Tensor]:
-        config = self.config
-        batch = self.batches.draw(step)
-        terms = schedule_objective(
-            self.forward,
-            self.schedule,
-            self.data.spec,
-            batch.x0,
-            batch.x1,
-            batch.labels,
-            batch.tau,
-            kinetic=config.kinetic,
-            jacobian=config.jacobian,
-            reduction=config.reduction,
-            kinetic_reduction=config.kinetic_reduction,
-        )
+        config, count = self.config, self.config.accumulate
         self.optimizer.param_groups[0]["lr"] = config.optimizer.lr * config.optimizer.factor(step, config.steps)
         self.optimizer.zero_grad(set_to_none=True)
-        terms.total.backward()
-        self.optimizer.step()
+        rows = []
+        for number, part in enumerate(self.batches.draw(step).parts(count), start=1):
+            with self.forward.accumulating(last=number == count):
+                terms = schedule_objective(
+                    self.forward,
+                    self.schedule,
+                    self.data.spec,
+                    part.x0,
+                    part.x1,
+                    part.labels,
+                    part.tau,
+                    kinetic=config.kinetic,
+                    jacobian=config.jacobian,
+                    reduction=config.reduction,
+                    kinetic_reduction=config.kinetic_reduction,
+                )
+                (terms.total / count).backward()
+            metrics = {"loss": terms.total, "flow": terms.flow, "kinetic": terms.kinetic}
+            t = self.schedule(part.tau).t.detach()
+            rows.append(logged(metrics, terms.per_group, self.data.spec) | by_time(terms.per_group, t, self.data.spec))
+        # The denoiser's gradients have been averaged over the processes in the backward pass, these few have not.
+        if self.schedule.rho.grad is not None:
+            distributed.mean_(self.schedule.rho.grad)
+        norm = guarded_step(self.optimizer)
         if step >= config.burn_in:
             self.rho_sum += self.schedule.rho.detach()
             self.averaged += 1
-        metrics = {"loss": terms.total, "flow": terms.flow, "kinetic": terms.kinetic}
-        return logged(metrics, terms.per_group, self.data.spec)
+        return mean_of(rows) | {"gradient_norm": norm}
 
     def mean_rho(self) -> Tensor:
         return (self.rho_sum / self.averaged).float().cpu()
@@ -203,24 +217,17 @@ class _Probe:
             "rho": current.rho.tolist(),
             "midpoint": current(torch.tensor([0.5])).t[0].tolist(),
             "delay": delay(current),
+            **machine_use(self.batches, self.device),
         }
 
     def explain(self, step: int) -> str:
         return self.batches.explain(step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "denoiser": self.denoiser.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "rho_sum": self.rho_sum,
-            "averaged": self.averaged,
-        }
+        return network_state(self.learned, self.optimizer) | {"rho_sum": self.rho_sum, "averaged": self.averaged}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.denoiser.load_state_dict(state["denoiser"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_network_state(self.learned, self.optimizer, state)
         self.rho_sum.copy_(state["rho_sum"])
         self.averaged = state["averaged"]
 

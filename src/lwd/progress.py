@@ -18,16 +18,20 @@ class Progress:
         done: how many an earlier, interrupted run had done already.
         unit: what is counted.
         every: seconds between plain lines when standard error is not a terminal.
+        shown: False counts in silence.
     """
 
-    def __init__(self, title: str, total: int, *, done: int = 0, unit: str = "step", every: float = 15.0) -> None:
+    def __init__(
+        self, title: str, total: int, *, done: int = 0, unit: str = "step", every: float = 15.0, shown: bool = True
+    ) -> None:
         self.title, self.total, self.done, self.unit, self.every = title, total, done, unit, every
+        self.shown = shown
         self._started_at = done
         self._bar = None
 
     def __enter__(self) -> Self:
         self._start = self._last = time.monotonic()
-        if sys.stderr.isatty():
+        if self.shown and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=self.total, initial=self.done, desc=self.title, unit=self.unit, leave=True)
@@ -40,6 +44,8 @@ class Progress:
             if info:
                 self._bar.set_postfix_str(info, refresh=False)
             self._bar.update(amount)
+            return
+        if not self.shown:
             return
         now = time.monotonic()
         if now - self._last >= self.every or (self.done >= self.total and amount):

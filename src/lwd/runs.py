@@ -23,9 +23,9 @@ from lwd.encoders.choose import Decoder, decoder
 from lwd.files import read_json, write_json
 from lwd.latents import LatentSpec, Normalization
 from lwd.objective import Denoiser
+from lwd.parallel import Precision, autocast
 from lwd.randomness import derived_seed
 from lwd.schedules import Schedule, load_schedule
-from lwd.training import Precision, autocast
 
 
 def pick_device(name: str = "auto") -> torch.device:

@@ -5,38 +5,45 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lwd.data.dataset import LatentDataset
-from lwd.data.loader import BatchLoader
-from lwd.data.memory import Batch
-from lwd.data.order import BatchOrder
+from lwd import distributed
+from lwd.batches import Batches, LatentSource
 from lwd.files import write_atomically, write_json
-from lwd.latents import LatentSpec, Normalization
-from lwd.loop import run_job
-from lwd.objective import Denoiser, Jacobian, Reduction, Repa, TimeDistribution, denoiser_objective, sample_tau
-from lwd.randomness import derived_seed, stream
+from lwd.latents import LatentSpec
+from lwd.loop import COUNT, Hook, run_job
+from lwd.metrics import Watcher
+from lwd.objective import Jacobian, Reduction, Repa, TimeDistribution, denoiser_objective
+from lwd.parallel import (
+    Average,
+    Parallel,
+    Precision,
+    Trained,
+    adamw,
+    guarded_step,
+    load_network_state,
+    network_state,
+    whole_state,
+)
 from lwd.schedules import Schedule
+from lwd.validation import Validation
 
-Precision = Literal["float32", "bf16"]
 Decay = Literal["constant", "linear", "cosine"]
+BANDS = 10
+"""Bands of local time that losses are reported by."""
 
-
-class LatentSource(Protocol):
-    """Where batches come from; `lwd.data.LatentDataset` is one."""
-
-    spec: LatentSpec
-    normalization: Normalization
-
-    def __len__(self) -> int: ...
-
-    def gather(self, indices: Tensor, flip: Tensor | None = None) -> Batch: ...
+EXECUTION = frozenset(
+    {"compile", "log_every", "save_seconds", "keep_last", "keep_every", "accumulate", "parallel", "recompute"}
+    | {"skip_non_finite", "validate_every"}
+)
+"""Settings that say how a run is carried out, not what it computes: a resumed run may change them."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,12 @@ class TrainConfig:
         label_dropout: share of labels replaced by the null label, for classifier-free guidance.
         ema: decay of the exponential moving average that is kept as the result.
         snapshots: steps after which the averaged weights are kept too.
+        accumulate: parts that a process computes its share of the batch in, one after the other.
+        parallel: ``"ddp"``, or ``"fsdp"`` for networks that one device cannot hold with their optimizer.
+        recompute: blocks whose activations are computed again in the backward pass instead of kept.
+        keep_last, keep_every: checkpoints to keep: the newest ones, and those of every so many steps.
+        skip_non_finite: leave out steps whose loss or gradient is not finite, instead of stopping.
+        validate_every: images between two measurements on held-out latents, where there are any.
     """
 
     steps: int = 400_000
@@ -88,6 +101,13 @@ class TrainConfig:
     log_every: int = 100
     save_seconds: float = 600.0
     snapshots: tuple[int, ...] = ()
+    accumulate: int = 1
+    parallel: Parallel = "ddp"
+    recompute: int = 0
+    keep_last: int = 2
+    keep_every: int = 0
+    skip_non_finite: bool = False
+    validate_every: int = 1_280_000
 
 
 @dataclass(frozen=True)
@@ -107,35 +127,47 @@ def train(
     directory: Path | str | None = None,
     device: torch.device | str = "cpu",
     title: str = "train",
+    heldout: LatentSource | None = None,
+    watchers: Sequence[Watcher] = (),
+    must_resume: bool = False,
 ) -> TrainResult:
     """Train `denoiser` on L_theta along a frozen `schedule`; go on where an interrupted run in `directory` stopped.
 
     A resumed run takes the very steps the uninterrupted one would have taken: batches, noise, times and label dropout
-    are functions of (seed, step), and the checkpoint holds everything else.
+    are functions of (seed, step), and the checkpoint holds everything else. Under torchrun, all processes call it, and
+    do the same training as one process would.
 
     Args:
         denoiser: a freshly initialised network; trained in place.
-        directory: gets ``checkpoint.pt``, ``metrics.jsonl``, ``schedule.json``, ``latents.json``, snapshots of
-            the averaged weights, and, for a network that can `save_pretrained`, the result as ``model/``.
+        directory: gets ``checkpoints/``, ``metrics.jsonl``, ``schedule.json``, ``latents.json``, snapshots of the
+            averaged weights, and, for a network that can `save_pretrained`, the result as ``model/``.
+        heldout: latents that are not trained on, to measure `lwd.validation.Validation` with.
+        watchers: get every log line.
+        must_resume: a run that finds no checkpoint is an error.
 
     Raises:
-        ValueError: groups of data, schedule and denoiser differ; a checkpoint made with other settings.
+        ValueError: groups of data, schedule and denoiser differ; a checkpoint made with other settings; a batch that
+            the processes cannot share evenly.
         NonFiniteLossError: NaN or infinity; the last good checkpoint is kept.
     """
     schedule = schedule.frozen().to(device)
     check_groups(data, schedule, denoiser)
     directory = None if directory is None else Path(directory)
+    parameters = sum(p.numel() for p in denoiser.parameters())
     job = _Training(denoiser.to(device), schedule, data, config, directory, torch.device(device))
     identity = {
-        "train": to_json(config),
+        "train": identity_of(config),
         "schedule": {key: schedule.to_dict()[key] for key in ("kind", "groups", "parameters")},
         "normalization": data.normalization.to_dict(),
-        "parameters": sum(p.numel() for p in denoiser.parameters()),
+        "parameters": parameters,
     }
-    if directory is not None:
+    if directory is not None and distributed.rank() == 0:
         schedule.save(directory / "schedule.json")
         latents = {"normalization": data.normalization.to_dict(), "encoders": getattr(data, "encoders", {})}
         write_json(directory / "latents.json", latents)
+    hooks = []
+    if heldout is not None:
+        hooks.append(Hook(config.validate_every, job.validation(Validation(heldout, schedule))))
     history = run_job(
         job,
         config.steps,
@@ -145,12 +177,21 @@ def train(
         batch_size=config.batch_size,
         log_every=config.log_every,
         save_seconds=config.save_seconds,
+        keep_last=config.keep_last,
+        keep_every=config.keep_every,
+        skip_non_finite=config.skip_non_finite,
+        must_resume=must_resume,
+        watchers=watchers,
+        hooks=hooks,
     )
-    job.copy_average_to(denoiser)
+    job.average.copy_to_network()
     denoiser.eval()
     save = getattr(denoiser, "save_pretrained", None)
     if directory is not None and callable(save):
-        save(directory / "model")
+        weights = whole_state(denoiser)
+        if distributed.rank() == 0:
+            save(directory / "model", weights)
+        distributed.wait_for_all()
     return TrainResult(denoiser, history)
 
 
@@ -169,165 +210,125 @@ class _Training:
         self.denoiser, self.schedule, self.data, self.config, self.directory = (
             denoiser.train(), schedule, data, config, directory
         )  # fmt: skip
+        self.device = device
         self.batches = Batches(data, config, denoiser, device)
-        self.forward = prepare_forward(denoiser, config.precision, config.compile, device)
-        self.parameters = [p for p in denoiser.parameters() if p.requires_grad]
-        self.average = [p.detach().clone() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters,
+        self.forward = Trained(
+            denoiser,
+            device,
+            precision=config.precision,
+            compiled=config.compile,
+            parallel=config.parallel,
+            recompute=config.recompute,
+            unused=() if config.repa > 0 else ("repa_projector",),
+        )
+        self.average = Average(denoiser, config.ema)
+        self.optimizer = adamw(
+            [p for p in denoiser.parameters() if p.requires_grad],
+            device,
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
             weight_decay=config.optimizer.weight_decay,
-            fused=device.type in ("cpu", "cuda"),
         )
 
     def update(self, step: int) -> dict[str, Tensor]:
-        config = self.config
-        batch = self.batches.draw(step, config.tau)
-        terms = denoiser_objective(
-            self.forward,
-            self.schedule,
-            self.data.spec,
-            batch.x0,
-            batch.x1,
-            batch.labels,
-            batch.tau,
-            features=batch.features,
-            cosine=config.cosine,
-            repa=config.repa,
-            repa_loss=config.repa_loss,
-            jacobian=config.jacobian,
-            reduction=config.reduction,
-        )
+        config, count = self.config, self.config.accumulate
         for group in self.optimizer.param_groups:
             group["lr"] = config.optimizer.lr * config.optimizer.factor(step, config.steps)
         self.optimizer.zero_grad(set_to_none=True)
-        terms.total.backward()
-        self.optimizer.step()
-        torch._foreach_lerp_(self.average, list[Tensor](self.parameters), 1 - config.ema)
+        rows = []
+        for number, part in enumerate(self.batches.draw(step, config.tau).parts(count), start=1):
+            with self.forward.accumulating(last=number == count):
+                terms = denoiser_objective(
+                    self.forward,
+                    self.schedule,
+                    self.data.spec,
+                    part.x0,
+                    part.x1,
+                    part.labels,
+                    part.tau,
+                    features=part.features,
+                    cosine=config.cosine,
+                    repa=config.repa,
+                    repa_loss=config.repa_loss,
+                    jacobian=config.jacobian,
+                    reduction=config.reduction,
+                )
+                (terms.total / count).backward()
+            metrics = {"loss": terms.total, "flow": terms.flow, "cosine": terms.cosine, "repa": terms.repa}
+            t = self.schedule(part.tau).t
+            rows.append(logged(metrics, terms.per_group, self.data.spec) | by_time(terms.per_group, t, self.data.spec))
+        norm = guarded_step(self.optimizer)
+        self.average.update()
         if step + 1 in config.snapshots and self.directory is not None:
             self.save_average(self.directory / "snapshots" / f"{step + 1:08}.safetensors")
-        metrics = {"loss": terms.total, "flow": terms.flow, "cosine": terms.cosine, "repa": terms.repa}
-        return logged(metrics, terms.per_group, self.data.spec)
+        return mean_of(rows) | {"gradient_norm": norm}
 
     def describe(self) -> dict[str, Any]:
-        return {}
+        return machine_use(self.batches, self.device)
 
     def explain(self, step: int) -> str:
         return self.batches.explain(step)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "denoiser": self.denoiser.state_dict(),
-            "average": self.average,
-            "optimizer": self.optimizer.state_dict(),
-        }
+        return network_state(self.denoiser, self.optimizer) | {"average": self.average.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.denoiser.load_state_dict(state["denoiser"])
-        for mine, saved in zip(self.average, state["average"], strict=True):
-            mine.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-
-    @torch.no_grad()
-    def copy_average_to(self, denoiser: nn.Module) -> None:
-        for parameter, average in zip((p for p in denoiser.parameters() if p.requires_grad), self.average, strict=True):
-            parameter.copy_(average)
+        load_network_state(self.denoiser, self.optimizer, state)
+        self.average.load_state_dict(state["average"])
 
     def save_average(self, path: Path) -> None:
-        from safetensors.torch import save_file
+        weights = self.average.whole()
+        if distributed.rank() == 0:
+            write_atomically(path, lambda temporary: save_file(weights, temporary))
 
-        names = [name for name, p in self.denoiser.named_parameters() if p.requires_grad]
-        weights = dict(zip(names, (a.cpu() for a in self.average), strict=True))
-        write_atomically(path, lambda temporary: save_file(weights, temporary))
+    def validation(self, validation: Validation) -> Any:
+        def measure(step: int) -> dict[str, Any]:
+            self.denoiser.eval()
+            with self.average.in_place():
+                found = validation.measure(self.forward, self.device)
+            self.denoiser.train()
+            return found
+
+        return measure
+
+
+def identity_of(config: Any) -> dict[str, Any]:
+    """What of a configuration a resumed run must not change, as JSON reads it back."""
+    return {key: value for key, value in to_json(config).items() if key not in EXECUTION}
+
+
+def by_time(per_group: Tensor, t: Tensor, spec: LatentSpec) -> dict[str, Tensor]:
+    """The loss l_g of every group in `BANDS` bands of its local time, as sums and counts.
+
+    Args:
+        per_group: l_g of every sample, [B, G].
+        t: local times, [B, G].
+    """
+    band = (t * BANDS).long().clamp(0, BANDS - 1)
+    member = torch.nn.functional.one_hot(band, BANDS).to(per_group)
+    sums, counts = (per_group.detach()[:, :, None] * member).sum(dim=0), member.sum(dim=0)
+    result: dict[str, Tensor] = {}
+    for g, name in enumerate(spec.names):
+        result |= {f"loss_{name}_by_time": sums[g], f"loss_{name}_by_time{COUNT}": counts[g]}
+    return result
+
+
+def mean_of(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The metrics of a batch from those of its equal parts."""
+    return {name: torch.stack([row[name] for row in rows]).mean(dim=0) for name in rows[0]}
+
+
+def machine_use(batches: Batches, device: torch.device) -> dict[str, Any]:
+    """Seconds spent waiting for data since the last call, and the most memory of the GPU so far, in bytes."""
+    waited, batches.waited = batches.waited, 0.0
+    used = {"waited_for_data": waited}
+    return used | {"memory": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else used
 
 
 def logged(terms: dict[str, Tensor], per_group: Tensor, spec: LatentSpec) -> dict[str, Tensor]:
     """The scalars of a log line: the terms, and the mean of every group's loss l_g from `per_group` [B, G]."""
     by_group = {f"loss_{name}": loss for name, loss in zip(spec.names, per_group.mean(dim=0), strict=True)}
     return {name: value.detach() for name, value in (terms | by_group).items()}
-
-
-@dataclass(frozen=True)
-class TrainingBatch:
-    """Everything one step needs, on the device."""
-
-    x0: Tensor
-    x1: Tensor
-    labels: Tensor
-    tau: Tensor
-    features: Tensor | None
-
-
-class BatchConfig(Protocol):
-    """The settings that decide what a batch is; `TrainConfig` and `ProbeConfig` have them."""
-
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def seed(self) -> int: ...
-    @property
-    def label_dropout(self) -> float: ...
-    @property
-    def flips(self) -> bool: ...
-
-
-class Batches:
-    """Training batches as a pure function of the step: data order, flips, noise, times and label dropout."""
-
-    def __init__(self, data: LatentSource, config: BatchConfig, denoiser: nn.Module, device: torch.device) -> None:
-        self.data, self.seed, self.device, self.flips = data, config.seed, device, config.flips
-        self.order = BatchOrder(len(data), config.batch_size, derived_seed(config.seed, "order"))
-        self.label_dropout = config.label_dropout
-        # A set on disk is read ahead.
-        self.loader = None
-        if isinstance(data, LatentDataset):
-            self.loader = BatchLoader(data, self.order, device, flips=self.flips)
-        self.null_label = getattr(denoiser, "null_label", None)
-        if self.label_dropout > 0 and self.null_label is None:
-            raise ValueError("label dropout needs a denoiser with a `null_label`; set label_dropout=0 to train without")
-
-    def draw(self, step: int, distribution: TimeDistribution = "uniform") -> TrainingBatch:
-        if self.loader is not None:
-            batch = self.loader.get(step)
-        else:
-            flip = self.order.flips(step) if self.flips else None
-            batch = self.data.gather(self.order.indices(step), flip)
-        x1 = batch.latents.to(self.device, non_blocking=True)
-        labels = batch.labels.to(self.device, non_blocking=True)
-        features = None if batch.features is None else batch.features.to(self.device, non_blocking=True)
-        generator = stream(self.seed, "noise", step, self.device)
-        x0 = torch.randn(x1.shape, generator=generator, device=self.device)
-        tau = sample_tau(len(x1), distribution, generator=generator, device=self.device)
-        if self.label_dropout > 0:
-            drop = torch.rand(len(x1), generator=generator, device=self.device) < self.label_dropout
-            labels = torch.where(drop, cast(int, self.null_label), labels)
-        return TrainingBatch(x0, x1, labels, tau, features)
-
-    def explain(self, step: int) -> str:
-        """Whether the data of `step` is to blame for a loss that is not finite."""
-        indices = self.order.indices(step)
-        finite = self.data.gather(indices).latents.isfinite().flatten(1).all(dim=1)
-        if bool(finite.all()):
-            return (
-                "The latents of that batch are finite, so the update diverged: lower the learning rate or use float32."
-            )
-        return f"The latents of images {indices[~finite.cpu()].tolist()[:8]} are NaN or infinite: encode them again."
-
-
-def prepare_forward(denoiser: nn.Module, precision: Precision, compiled: bool, device: torch.device) -> Denoiser:
-    """`denoiser` under autocast, compiled if asked for."""
-    run = torch.compile(denoiser, dynamic=False) if compiled else denoiser
-
-    def forward(z: Tensor, t: Tensor, labels: Tensor, **kwargs: Any) -> Tensor:
-        with autocast(precision, device):
-            return cast(Tensor, run(z, t, labels, **kwargs))
-
-    return forward
-
-
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def check_groups(data: LatentSource, schedule: Schedule, denoiser: nn.Module) -> None:

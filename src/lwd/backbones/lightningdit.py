@@ -16,6 +16,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lwd.backbones.config import LightningDiTConfig
 
@@ -117,6 +118,7 @@ class LightningDiT(nn.Module):
     Attributes:
         config, spec: sizes and latent groups.
         null_label: the label that means "no class"; label dropout is the training loop's, so this is deterministic.
+        recompute: blocks, from the first, whose activations training computes again instead of keeping them.
     """
 
     positions: Tensor
@@ -127,6 +129,7 @@ class LightningDiT(nn.Module):
     def __init__(self, config: LightningDiTConfig) -> None:
         super().__init__()
         self.config, self.spec, self.null_label = config, config.spec, config.num_classes
+        self.recompute = 0
         width, patch = config.hidden_size, config.patch_size
         self.x_embedder = nn.Conv2d(self.spec.channels, width, patch, stride=patch)
         self.t_embedders = nn.ModuleList(TimeEmbedder(w) for w in config.clock_widths)
@@ -175,7 +178,10 @@ class LightningDiT(nn.Module):
         condition = self._time_condition(t) + self.y_embedder(labels)
         projection = None
         for depth, block in enumerate(self.blocks, start=1):
-            x = block(x, condition, self.rotary_cos, self.rotary_sin)
+            if depth <= self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, condition, self.rotary_cos, self.rotary_sin, use_reentrant=False)
+            else:
+                x = block(x, condition, self.rotary_cos, self.rotary_sin)
             if return_projection and depth == self.config.repa_depth:
                 assert self.repa_projector is not None
                 projection = self.repa_projector(x)
@@ -275,11 +281,15 @@ class LightningDiT(nn.Module):
 
         return load_sfd(source, **overrides)
 
-    def save_pretrained(self, directory: str | Path) -> Path:
-        """Write ``config.json`` and ``model.safetensors`` into `directory`, each atomically."""
+    def save_pretrained(self, directory: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
+        """Write ``config.json`` and ``model.safetensors`` into `directory`, each atomically.
+
+        Args:
+            weights: the state dict to write, where the network's own is spread over processes.
+        """
         from lwd.backbones.pretrained import save_pretrained
 
-        return save_pretrained(self, directory)
+        return save_pretrained(self, directory, weights)
 
     @classmethod
     def from_pretrained(cls, source: str | Path) -> LightningDiT:

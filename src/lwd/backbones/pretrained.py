@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from lwd.backbones.config import LightningDiTConfig
 from lwd.backbones.lightningdit import LightningDiT
 from lwd.files import read_json, write_atomically, write_json
 
 
-def save_pretrained(model: LightningDiT, directory: str | Path) -> Path:
-    """Write weights, then configuration; a directory with a configuration is complete."""
+def save_pretrained(model: LightningDiT, directory: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
+    """Write weights, then configuration; a directory with a configuration is complete.
+
+    Args:
+        weights: the state dict to write, where the model's own is spread over processes.
+    """
     directory = Path(directory)
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    state = model.state_dict() if weights is None else weights
+    weights = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     write_atomically(directory / "model.safetensors", lambda path: save_file(weights, path, {"format": "pt"}))
     write_json(directory / "config.json", model.config.to_dict())
     return directory

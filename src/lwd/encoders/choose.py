@@ -103,7 +103,11 @@ def decoder(description: Mapping[str, Any], device: torch.device | str = "cpu") 
 
 
 def encoder_of(
-    manifest: Mapping[str, Any], directory: Path, *, device: torch.device | str = "cpu", precision: Precision = "float32"
+    manifest: Mapping[str, Any],
+    directory: Path,
+    *,
+    device: torch.device | str = "cpu",
+    precision: Precision = "float32",
 ) -> CompositeEncoder:
     """The encoder that made the latent set in `directory`: to encode other images the same way.
 

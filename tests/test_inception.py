@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from lwd.evaluation import ProtocolSettings, frechet_distance, inception_score, precision_recall, score_images
 from lwd.evaluation.inception import DOWNLOADS, FIDInception, load_inception, tf1_resize
 
 FIXTURE = Path(__file__).parent / "fixtures" / "inception_v3_fid.safetensors"
@@ -96,6 +97,26 @@ def test_features_refuse_other_images(network):
         network.features(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match=r"\[2, 1, 8, 8\]"):
         network.features(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+
+
+def test_scores_by_inception_from_images_to_result(network):
+    images = torch.randint(0, 256, (10, 3, 32, 32), generator=torch.Generator().manual_seed(3)).byte()
+    real, fake = images[:5], images[5:] // 2
+    result = score_images(fake, real, network, settings=ProtocolSettings(distances="float64"))
+    a, b = network.features(real), network.features(fake)
+    assert result.metrics == {
+        "fid": pytest.approx(frechet_distance(a["pool"], b["pool"]), rel=1e-5),
+        "sfid": pytest.approx(frechet_distance(a["spatial"], b["spatial"]), rel=1e-5),
+        "inception_score": pytest.approx(inception_score(b["logits"].double().softmax(1)), rel=1e-5),
+        "precision": precision_recall(a["pool"], b["pool"]).precision,
+        "recall": precision_recall(a["pool"], b["pool"]).recall,
+    }
+    assert f"weights have SHA-256 {network.sha256[:8]}..., the published ones 6726825d" in str(result.deviations)
+    assert result.extractor["settings"] == {
+        "resize": "TensorFlow-1 bilinear to 299",
+        "precision": "float32",
+        "tf32": False,
+    }
 
 
 # --- resize -------------------------------------------------------------------------------------------------------

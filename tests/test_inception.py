@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from lwd.evaluation import ProtocolSettings, frechet_distance, inception_score, precision_recall, score_images
 from lwd.evaluation.inception import DOWNLOADS, FIDInception, load_inception, tf1_resize
+from lwd.evaluation.numerics import float32_arithmetic
 
 FIXTURE = Path(__file__).parent / "fixtures" / "inception_v3_fid.safetensors"
 
@@ -79,6 +80,22 @@ def test_features_do_not_depend_on_the_batch_or_on_the_process_settings(network)
     for key, value in features.items():
         assert value.dtype == torch.float32
         torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-5)
+
+
+def test_float32_arithmetic_is_full_float32_and_leaves_the_settings_alone():
+    matmul, conv = torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv
+    before = matmul.fp32_precision, conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        with float32_arithmetic(torch.device("cpu")):
+            assert (matmul.fp32_precision, conv.fp32_precision) == ("ieee", "ieee")
+            assert torch.backends.cudnn.conv.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "bf16"
+        with float32_arithmetic(torch.device("cpu"), tf32=True):
+            assert (matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision) == ("ieee", "tf32")
+    finally:
+        matmul.fp32_precision = before[0]
+    assert before == (matmul.fp32_precision, conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision)
 
 
 def test_spatial_features_are_channels_last(network):

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 
 @contextmanager
 def float32_arithmetic(device: torch.device, *, tf32: bool = False) -> Iterator[None]:
-    """Convolutions and matrix products of float32 tensors in full float32 (or TF32), with autocast off.
+    """Convolutions and matrix products of float32 tensors in full float32 (or TF32 on a GPU), with autocast off.
 
-    cuDNN's convolutions use TF32 unless told otherwise, and ``torch.set_float32_matmul_precision`` may have been
-    called by the surrounding program. The settings are as before on leaving.
+    cuDNN's convolutions use TF32 unless told otherwise, and the surrounding program may have allowed TF32 or
+    bfloat16 for products. The settings are as before on leaving.
     """
-    matmul = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
-    cudnn = torch.backends.cudnn
+    backends: Any = torch.backends  # its type stubs lack `mkldnn.matmul` and `mkldnn.conv`
+    on_gpu, on_cpu = (backends.cuda.matmul, backends.cudnn.conv), (backends.mkldnn.matmul, backends.mkldnn.conv)
+    before = [(operation, operation.fp32_precision) for operation in (*on_gpu, *on_cpu)]
     try:
-        with (
-            cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.deterministic, allow_tf32=tf32),
-            torch.autocast(device.type, enabled=False),
-        ):
+        for operation, _ in before:
+            operation.fp32_precision = "tf32" if tf32 and operation in on_gpu else "ieee"
+        with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(matmul)
+        for operation, precision in before:
+            operation.fp32_precision = precision

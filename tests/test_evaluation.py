@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import lwd.evaluation.distances as distances_module
 from lwd.evaluation import (
     FeatureStatistics,
     Judge,
@@ -119,6 +120,43 @@ def test_frechet_distance_of_a_decaying_spectrum():
     a = FeatureStatistics(torch.zeros(60), cov, 100)
     b = FeatureStatistics(torch.zeros(60), 4 * cov, 100)
     assert frechet_distance(a, b) == pytest.approx(p.sum().item(), rel=1e-6)
+
+
+SPECTRA = {
+    "slow": torch.arange(1, 301, dtype=torch.float64) ** -0.5,
+    "power": torch.arange(1, 301, dtype=torch.float64) ** -1.0,
+    "steep": torch.arange(1, 301, dtype=torch.float64) ** -2.0,
+    "steps": torch.where(torch.arange(300) < 150, 1.0, 1e-4).double(),
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("basis", ["mixed", "rising", "falling"])
+def test_eigenvalue_shortcut_knows_its_own_error(spectrum, basis):
+    # The shortcut squares singular values. Where that costs digits, its estimate says so, and the distance must not
+    # take it: every result equals the nuclear norm's, whichever way it was found.
+    deviations = SPECTRA[spectrum].flip(0) if basis == "rising" else SPECTRA[spectrum]
+    mix = torch.linalg.qr(normal(9, 300, 300)).Q if basis == "mixed" else torch.eye(300, dtype=torch.float64)
+    a, b = (FeatureStatistics.of((normal(seed, 1200, 300) * deviations) @ mix) for seed in (1, 2))
+    factors = [torch.linalg.cholesky(x.cov) for x in (a, b)]
+    product = factors[0].T @ factors[1]
+    exact = float(torch.linalg.svdvals(product).sum())
+    log_det = sum(float(2 * f.diagonal().log().sum()) for f in factors)
+    shortcut, error = distances_module._sum_of_roots(product, log_det)
+    assert not abs(shortcut - exact) > error + 1e-13
+    expected = float((a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace()) - 2 * exact
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+    if (spectrum, basis) in {("slow", "mixed"), ("power", "falling")}:
+        assert 2 * error < 1e-6 * expected  # not vacuous: taken here,
+    if spectrum == "steps":
+        assert 2 * error > 1e-6 * expected  # and refused here
+
+
+def test_shortcut_is_not_taken_for_singular_covariances(monkeypatch):
+    monkeypatch.setattr(distances_module, "_sum_of_roots", lambda *_: pytest.fail("shortcut"))
+    a = normal(0, 300, 300)  # 299 dimensions: as many samples as features, and a square factor
+    assert frechet_distance(a, FeatureStatistics.of(2 * normal(1, 900, 300))) > 0
+    assert frechet_distance(a, 3 * normal(2, 40, 300)) > 0
 
 
 def test_frechet_distance_refuses_bad_features():
@@ -255,6 +293,56 @@ def test_blocked_precision_recall_equals_direct(seed, k, max_elements, offset):
     reference, generated = normal(seed, 23, 4) + offset, 1.5 * normal(seed + 1, 17, 4) + offset
     expected = direct_precision_recall(reference, generated, k)
     assert precision_recall(reference, generated, k, max_elements=max_elements) == expected
+
+
+@given(seed=seeds, max_elements=st.sampled_from([1, 30, 200, 1 << 20]))
+@settings(max_examples=15, deadline=None)
+def test_float32_distances_give_the_same_shares(seed, max_elements):
+    reference, generated = normal(seed, 60, 8) + 3, 1.3 * normal(seed + 1, 90, 8) + 3
+    reference[7:10] = reference[7]  # exact repetitions too
+    assert precision_recall(reference, generated, distances="float32", max_elements=max_elements) == precision_recall(
+        reference.float(), generated.float()
+    )
+
+
+def half_precision_recall(reference: np.ndarray, generated: np.ndarray, k: int) -> tuple[float, float]:
+    """ADM's arithmetic in NumPy: every array float16, sums of products in float32."""
+
+    def distances(u, v):
+        u, v = u.astype(np.float16), v.astype(np.float16)
+        norms = [np.sum((x * x).astype(np.float32), axis=1).astype(np.float16) for x in (u, v)]
+        products = (u.astype(np.float32) @ v.astype(np.float32).T).astype(np.float16)
+        return np.maximum(norms[0][:, None] - np.float16(2) * products + norms[1], np.float16(0))
+
+    radii = [np.sort(distances(x, x), axis=1)[:, k] for x in (reference, generated)]
+    across = distances(reference, generated)
+    precision = (across <= radii[0][:, None]).any(axis=0).mean()
+    return float(precision), float((across <= radii[1]).any(axis=1).mean())
+
+
+def test_half_precision_distances_are_adms():
+    # Norms of about 600 as in Inception's features, where half precision counts in steps of 0.5.
+    reference, generated = (0.5 + 0.2 * normal(seed, 300, 2000).abs().float() for seed in (0, 1))
+    expected = half_precision_recall(reference.numpy(), generated.numpy(), 3)
+    result = precision_recall(reference, generated, distances="float16", max_elements=5000)
+    assert result == expected
+    assert result != precision_recall(reference, generated)  # the rounding is what one sees
+
+
+def test_half_precision_refuses_to_overflow():
+    a = 300 * torch.ones(10, 1)
+    with pytest.raises(ValueError, match="squared norms above 16000; use float32"):
+        precision_recall(a, a, distances="float16")
+    with pytest.raises(ValueError, match="one of float64, float32, float16"):
+        precision_recall(a, a, distances="half")
+
+
+def test_precision_recall_computes_each_distance_once():
+    # 7 x 7 samples in tiles of 3: 6 tiles within each set (of 9), 9 across.
+    calls: list[tuple[int, int]] = []
+    a = normal(0, 7, 2)
+    precision_recall(a, a, max_elements=9, progress=lambda *x: calls.append(x))
+    assert calls == [(i + 1, 21) for i in range(21)]
 
 
 def test_precision_recall_of_identical_disjoint_and_repeated_sets():

@@ -1,9 +1,8 @@
-"""Distances between sets of features: Frechet distance, precision and recall, inception score."""
+"""Scores of sets of features as wholes: Frechet distance, inception score. (Neighbours: `neighbours`.)"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -12,12 +11,10 @@ from torch import Tensor
 
 from lwd.evaluation.statistics import ROUNDING, Features, FeatureStatistics, as_features
 
-
-class PrecisionRecall(NamedTuple):
-    """Share of generated samples near the reference, and share of reference samples near the generated ones."""
-
-    precision: float
-    recall: float
+_LARGE = 256
+"""Width from which the eigenvalues' shortcut is worth trying; below, singular values take no time."""
+_TOLERANCE = 1e-6
+"""Error, relative to the distance, up to which the shortcut's result is taken."""
 
 
 def frechet_distance(a: Features | FeatureStatistics, b: Features | FeatureStatistics) -> float:
@@ -35,40 +32,76 @@ def frechet_distance(a: Features | FeatureStatistics, b: Features | FeatureStati
         ValueError: NaN or infinite features, different widths, fewer than 2 samples, a covariance with a negative
             eigenvalue.
     """
-    mean_a, factor_a = _mean_and_factor(a, "a")
-    mean_b, factor_b = _mean_and_factor(b, "b")
-    if len(mean_a) != len(mean_b):
+    p, q = _gaussian(a, "a"), _gaussian(b, "b")
+    if len(p.mean) != len(q.mean):
         raise ValueError(
-            f"a has {len(mean_a)} features per sample and b {len(mean_b)}; both must come from the same network"
+            f"a has {len(p.mean)} features per sample and b {len(q.mean)}; both must come from the same network"
         )
-    mean_b, factor_b = mean_b.to(mean_a.device), factor_b.to(mean_a.device)
+    means = float((p.mean - q.mean.to(p.mean.device)).square().sum())
+    traces = float(p.factor.square().sum()) + float(q.factor.square().sum())
     # tr (S_a S_b)^{1/2}: with S_a = A A^T and S_b = B B^T, the eigenvalues of S_a S_b are the squared singular values
-    # of A^T B. The symmetric A^T S_b A would be cheaper, but it squares them: an eigenvalue of 0 that comes out as
-    # eps adds sqrt(eps) to the sum, for every direction without data.
-    trace_of_root = torch.linalg.svdvals(factor_a.T @ factor_b).sum()
-    traces = factor_a.square().sum() + factor_b.square().sum()
-    return max(float((mean_a - mean_b).square().sum() + traces - 2 * trace_of_root), 0.0)
+    # of A^T B.
+    product = p.factor.T @ q.factor.to(p.factor.device)
+    if len(p.mean) >= _LARGE and p.log_det is not None and q.log_det is not None:
+        trace, error = _sum_of_roots(product, p.log_det + q.log_det)
+        distance = means + traces - 2 * trace
+        if 2 * error <= _TOLERANCE * distance:
+            return distance
+    trace = float(torch.linalg.svdvals(product).sum())
+    return max(means + traces - 2 * trace, 0.0)
 
 
-def _mean_and_factor(x: Features | FeatureStatistics, name: str) -> tuple[Tensor, Tensor]:
-    """Mean [D], and A [D, rank or more] with A A^T = covariance."""
+def _sum_of_roots(product: Tensor, log_det: float) -> tuple[float, float]:
+    r"""Sum of the singular values of X, [n, n], from the eigenvalues of X X^T, and an estimate of its error.
+
+    Twice as fast as the singular values, but X X^T squares them: an eigenvalue that is wrong by e puts the sum off by
+    e / (2 sqrt(lambda)), up to sqrt(e). Backward stability alone bounds that by 1e7 times the error seen on natural
+    spectra. So the error is also measured. log det X X^T is known from the triangular factors to full precision, and
+    the sum of the eigenvalues' logarithms shows the *relative* errors e / lambda, which are largest for the small
+    ones. The estimate is the largest error of the sum that agrees with both: every |e| within backward stability,
+    and relative errors whose root of the sum of squares is within 10 times the mismatch seen (they are
+    taken as independent, in the logarithms as in the roots).
+
+    Args:
+        log_det: log det X X^T.
+
+    Returns:
+        (sum, estimated error); the error is infinite where an eigenvalue comes out as 0 or less.
+    """
+    eigenvalues = torch.linalg.eigvalsh(product @ product.T).flip(0)  # largest first
+    if not eigenvalues[-1] > 0:
+        return math.nan, math.inf
+    logs, eps = eigenvalues.log(), torch.finfo(eigenvalues.dtype).eps
+    mismatch = abs(float(logs.sum()) - log_det) + len(logs) * eps * float(logs.abs().max())
+    # Rounding adds up like a random walk (Higham and Mary 2019): sqrt(n) eps |X|^2.
+    largest = math.sqrt(len(logs)) * eps * float(eigenvalues.sum())
+    relative = (largest / eigenvalues).square().cumsum(0).sqrt()
+    # The large eigenvalues' bounds cost least of the mismatch for what they add to the error: as many as it pays for.
+    bounded = eigenvalues[: 1 + int((relative <= 10 * mismatch).sum())]
+    return float(eigenvalues.sqrt().sum()), largest / 2 * math.sqrt(float((1 / bounded).sum()))
+
+
+class _Gaussian(NamedTuple):
+    mean: Tensor  # [D]
+    factor: Tensor  # A [D, rank or more] with A A^T = covariance
+    log_det: float | None  # of the covariance, where it is certain to have full rank
+
+
+def _gaussian(x: Features | FeatureStatistics, name: str) -> _Gaussian:
     if not isinstance(x, FeatureStatistics):
         features = as_features(x, f"features {name!r}")
         samples, width = features.shape
         if 2 <= samples <= width:  # the centred samples are such an A, and the smaller one
             mean = features.mean(dim=0)
-            return mean, (features - mean).T / math.sqrt(samples - 1)
+            return _Gaussian(mean, (features - mean).T / math.sqrt(samples - 1), None)
         x = FeatureStatistics.of(features, f"features {name!r}")
-    return x.mean, _factor(x.cov, name)
-
-
-def _factor(cov: Tensor, name: str) -> Tensor:
-    """A [D, rank] with A A^T = cov: Cholesky, or without the directions that are nothing but rounding."""
+    cov = x.cov
     rounding = len(cov) * torch.finfo(cov.dtype).eps
     factor, failed = torch.linalg.cholesky_ex(cov)
     pivots = factor.diagonal().square()
     if not failed and pivots.min() > rounding * pivots.max():
-        return factor
+        return _Gaussian(x.mean, factor, float(pivots.log().sum()))
+    # Without the directions that are nothing but rounding.
     eigenvalues, vectors = torch.linalg.eigh(cov)
     largest = eigenvalues.abs().max()
     if eigenvalues[0] < -ROUNDING * largest:
@@ -77,72 +110,7 @@ def _factor(cov: Tensor, name: str) -> Tensor:
             "a covariance has none below 0. Compute it from the features again"
         )
     kept = eigenvalues > rounding * largest
-    return vectors[:, kept] * eigenvalues[kept].sqrt()
-
-
-def precision_recall(
-    reference: Features, generated: Features, k: int = 3, *, max_elements: int = 1 << 24
-) -> PrecisionRecall:
-    """Improved precision and recall (Kynkaanniemi et al. 2019, Eq. 1-3).
-
-    A set's manifold is the union of balls around its samples, each reaching the sample's k-th nearest neighbour in
-    the same set (itself not counted). Precision is the share of `generated` in the manifold of `reference`;
-    recall the share of `reference` in the manifold of `generated`.
-
-    Args:
-        reference: features [N, D], N > k.
-        generated: features [M, D], M > k; moved to the device of `reference`.
-        k: neighbour that sets the radius.
-        max_elements: most distances held at once (8 bytes each); the result does not depend on it.
-
-    Raises:
-        ValueError: NaN or infinite features, different widths, k < 1, k >= N or k >= M.
-    """
-    reference, generated = as_features(reference, "reference features"), as_features(generated, "generated features")
-    if reference.shape[1] != generated.shape[1]:
-        raise ValueError(
-            f"reference has {reference.shape[1]} features per sample and generated {generated.shape[1]}; both must "
-            "come from the same network"
-        )
-    for name, features in (("reference", reference), ("generated", generated)):
-        if not 1 <= k < len(features):
-            raise ValueError(
-                f"k must be at least 1 and less than the number of samples, got k = {k} with {len(features)} {name}"
-            )
-    centre = reference.mean(dim=0)  # distances do not change, their rounding does
-    reference, generated = reference - centre, generated.to(reference.device) - centre
-    radii_reference = _squared_radii(reference, k, max_elements)
-    radii_generated = _squared_radii(generated, k, max_elements)
-    covered = torch.zeros(len(generated), dtype=torch.bool, device=reference.device)
-    recalled = 0
-    for start, distances in _squared_distances(reference, generated, max_elements):
-        covered |= (distances <= radii_reference[start : start + len(distances), None]).any(dim=0)
-        recalled += int((distances <= radii_generated).any(dim=1).sum())
-    return PrecisionRecall(int(covered.sum()) / len(generated), recalled / len(reference))
-
-
-def _squared_distances(a: Tensor, b: Tensor, max_elements: int) -> Iterator[tuple[int, Tensor]]:
-    """(first row, squared distances [rows, M]) for consecutive blocks of rows of `a` [N, D] against `b` [M, D]."""
-    squares_b = b.square().sum(dim=1)
-    for start, rows in _blocks(a, max(1, max_elements // len(b))):
-        scale = rows.square().sum(dim=1)[:, None] + squares_b
-        distances = torch.addmm(scale, rows, b.T, alpha=-2)
-        # Below this, only rounding of the expansion is left: equal samples are at distance 0 exactly.
-        yield start, distances.masked_fill_(distances < 1e-12 * scale, 0)
-
-
-def _squared_radii(x: Tensor, k: int, max_elements: int) -> Tensor:
-    """Squared distance [N] from each sample to its k-th nearest other sample."""
-    radii = []
-    for start, distances in _squared_distances(x, x, max_elements):
-        distances.diagonal(offset=start).fill_(float("inf"))
-        radii.append(distances.kthvalue(k, dim=1).values)
-    return torch.cat(radii)
-
-
-def _blocks(x: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, len(x), rows):
-        yield start, x[start : start + rows]
+    return _Gaussian(x.mean, vectors[:, kept] * eigenvalues[kept].sqrt(), None)
 
 
 def inception_score(probabilities: Features, chunk: int = 5000) -> float:
@@ -170,7 +138,7 @@ def inception_score(probabilities: Features, chunk: int = 5000) -> float:
             f"row sum is off by {worst:.3g}. Apply a softmax to logits first"
         )
     scores = []
-    for _, part in _blocks(p, chunk):
+    for part in p.split(chunk):
         # xlogy: a class of probability 0 contributes 0
         divergence = torch.xlogy(part, part) - torch.xlogy(part, part.mean(dim=0))
         scores.append(float(divergence.sum(dim=1).mean().exp()))

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lwd.evaluation.distances import frechet_distance, precision_recall
+from lwd.evaluation.distances import frechet_distance
 from lwd.evaluation.judge import Judge, check_images, check_labels
+from lwd.evaluation.neighbours import precision_recall
 
 
 def evaluate_images(

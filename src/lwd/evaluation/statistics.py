@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,8 @@ ROUNDING = 1e-4
 """What storage in float32 can do to a covariance, relative to its largest entry or eigenvalue, with room to spare."""
 
 
-def as_features(features: Features, name: str, largest: float = 1e140) -> Tensor:
-    """`features` as a finite float64 tensor [N, D] on its own device; ValueError that calls them `name` otherwise.
+def as_features(features: Features, name: str, largest: float = 1e140, dtype: torch.dtype = torch.float64) -> Tensor:
+    """`features` as a finite tensor [N, D] of `dtype` on its own device; ValueError that calls them `name` otherwise.
 
     Magnitudes above `largest` are refused too: sums of their squares would overflow, and the scores be NaN.
     """
@@ -30,7 +31,12 @@ def as_features(features: Features, name: str, largest: float = 1e140) -> Tensor
         raise ValueError(f"{name} must have shape [samples, features], got {list(result.shape)}")
     if result.is_complex():
         raise ValueError(f"{name} must be real, got {result.dtype}")
-    result = result.detach().to(torch.float64)
+    result = result.detach().to(dtype)
+    if not result.numel():
+        return result
+    reach = float(torch.stack(torch.aminmax(result)).abs().max())  # NaN if there is any; makes no copies
+    if math.isfinite(reach) and reach <= largest:
+        return result
     bad = int((~torch.isfinite(result)).sum())
     if bad:
         rows = int((~torch.isfinite(result)).any(dim=1).sum())
@@ -38,9 +44,7 @@ def as_features(features: Features, name: str, largest: float = 1e140) -> Tensor
             f"{name} hold {bad} values that are NaN or infinite, in {rows} of {len(result)} samples; look at the "
             "images (or the network in half precision) that they come from"
         )
-    if result.numel() and float(result.abs().max()) > largest:
-        raise ValueError(f"{name} reach {float(result.abs().max()):.3g}; above {largest:.0e} their squares overflow")
-    return result
+    raise ValueError(f"{name} reach {reach:.3g}; above {largest:.0e} their squares overflow")
 
 
 class FeatureStatistics:

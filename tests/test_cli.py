@@ -90,7 +90,7 @@ def test_train_on_a_named_schedule(workspace):
 def test_recipes_lists_steps_and_summaries(capsys):
     cli.main(["recipes"])
     out = capsys.readouterr().out
-    assert re.search(r"imagenet-xl-200ep +1000000 steps x 256 +LWD-XL, 1M iterations: FID 2.37", out)
+    assert re.search(r"imagenet-xl-200ep +1M x 256 +200 +674M +175 +14\.0\+0\.51n +2\.37 \(1\.05\)", out)
     assert "embedded-weak" in out
 
 

@@ -16,14 +16,12 @@ from lwd.probe import (
     COLLAPSE_DELAY,
     LearnedSchedule,
     ProbeConfig,
-    Sweep,
     delay,
     learn_schedule,
-    sweep_kinetic,
-    weakest_stable,
 )
 from lwd.randomness import stream
 from lwd.schedules import OffsetSchedule, PolynomialSchedule, SynchronousSchedule, load_schedule
+from lwd.sweep import Sweep, bisect_kinetic, sweep_kinetic, weakest_stable
 from lwd.training import OptimizerConfig, TrainConfig, train
 
 SPEC = LatentSpec([Group("texture", 3, 1.0), Group("semantic", 2, 1.5)])
@@ -333,3 +331,19 @@ def test_sweep_without_a_stable_value_says_so():
     assert extreme.delay > COLLAPSE_DELAY
     with pytest.raises(ValueError, match=r"every probe collapsed .* lambda = 0.04"):
         _ = Sweep((0.04,), (extreme,), None).schedule
+
+
+def test_bisection_narrows_the_threshold_down():
+    """With a threshold at 0.037 the interval from 0.01 to 0.16, a ratio of 16, shrinks to one of sqrt(2) around it."""
+
+    def probe(kinetic: float) -> LearnedSchedule:
+        return LearnedSchedule(PolynomialSchedule(), [], 0.9 if kinetic < 0.037 else 0.4)
+
+    sweep = bisect_kinetic(probe, 0.01, 0.16, rounds=3)
+    assert sweep.kinetics == (0.01, 0.02, 0.0283, 0.04, 0.16)
+    assert sweep.picked == 0.04
+    assert bisect_kinetic(probe, 0.0, 0.16, rounds=2).kinetics == (0.0, 0.04, 0.08, 0.16)
+    assert bisect_kinetic(probe, 0.05, 0.1).picked == 0.05  # nothing to look for: the lower end is stable
+    assert bisect_kinetic(probe, 0.01, 0.02).picked is None
+    with pytest.raises(ValueError, match="must ascend"):
+        bisect_kinetic(probe, 0.1, 0.1)

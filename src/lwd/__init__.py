@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lwd.interpolant import global_velocity, interpolate, target_velocity
     from lwd.latents import IMAGENET_SPEC, Group, LatentSpec, Normalization
     from lwd.objective import DenoiserTerms, ScheduleTerms, denoiser_objective, sample_tau, schedule_objective
-    from lwd.probe import LearnedSchedule, ProbeConfig, Sweep, learn_schedule, sweep_kinetic
+    from lwd.probe import LearnedSchedule, ProbeConfig, learn_schedule
     from lwd.sampling import SampleResult, sample, seeded_noise
     from lwd.schedules import (
         CascadedSchedule,
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         SynchronousSchedule,
         load_schedule,
     )
+    from lwd.sweep import Sweep, bisect_kinetic, sweep_kinetic
     from lwd.training import OptimizerConfig, TrainConfig, TrainResult, train
 
 __version__ = "0.1.0"
@@ -35,7 +36,7 @@ _HOMES = {
     "lwd.interpolant": ("global_velocity", "interpolate", "target_velocity"),
     "lwd.latents": ("IMAGENET_SPEC", "Group", "LatentSpec", "Normalization"),
     "lwd.objective": ("DenoiserTerms", "ScheduleTerms", "denoiser_objective", "sample_tau", "schedule_objective"),
-    "lwd.probe": ("LearnedSchedule", "ProbeConfig", "Sweep", "learn_schedule", "sweep_kinetic"),
+    "lwd.probe": ("LearnedSchedule", "ProbeConfig", "learn_schedule"),
     "lwd.sampling": ("SampleResult", "sample", "seeded_noise"),
     "lwd.schedules": (
         "CascadedSchedule",
@@ -48,6 +49,7 @@ _HOMES = {
         "SynchronousSchedule",
         "load_schedule",
     ),
+    "lwd.sweep": ("Sweep", "bisect_kinetic", "sweep_kinetic"),
     "lwd.training": ("OptimizerConfig", "TrainConfig", "TrainResult", "train"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -79,6 +81,7 @@ __all__ = [
     "SynchronousSchedule",
     "TrainConfig",
     "TrainResult",
+    "bisect_kinetic",
     "denoiser_objective",
     "global_velocity",
     "interpolate",

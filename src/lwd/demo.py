@@ -29,7 +29,6 @@ from lwd.encoders.efficientnet import EfficientNetFeatures
 from lwd.evaluation import Judge, evaluate_images, reference_features, train_judge
 from lwd.files import read_json, write_json
 from lwd.generation import DrawnImages, channels_last, draw_images, image_seed, save_npz
-from lwd.probe import Sweep, sweep_kinetic
 from lwd.progress import counting, duration
 from lwd.randomness import derived_seed
 from lwd.recipes import Recipe, get_recipe, make_schedule
@@ -44,6 +43,7 @@ from lwd.runs import (
 )
 from lwd.sampling import sample, seeded_noise
 from lwd.schedules import Schedule
+from lwd.sweep import Sweep, sweep_kinetic
 from lwd.training import Precision, train
 
 TITLES = {

@@ -59,7 +59,7 @@ class Trained:
         if recompute:
             if blocks is None or not hasattr(denoiser, "recompute") or recompute > len(blocks):
                 raise ValueError(f"cannot recompute {recompute} blocks of this network: it has {len(blocks or [])}")
-            denoiser.recompute = recompute
+            setattr(denoiser, "recompute", recompute)  # noqa: B010  (nn.Module declares no such attribute)
         if distributed.world() > 1 and parallel == "fsdp":
             from torch.distributed.fsdp import fully_shard
 

@@ -1,9 +1,9 @@
-"""Stage I of Algorithm 1: a short joint probe learns the schedule (LWD section 3.5), and the sweep over lambda."""
+"""Stage I of Algorithm 1: a short joint probe learns the schedule (LWD section 3.5)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +12,15 @@ from torch import Tensor, nn
 
 from lwd import distributed
 from lwd.batches import Batches, LatentSource
-from lwd.files import read_json, write_json
 from lwd.loop import run_job
 from lwd.metrics import Watcher
 from lwd.objective import Jacobian, Reduction, schedule_objective
 from lwd.parallel import Precision, Trained, adamw, guarded_step, load_network_state, network_state
-from lwd.schedules import PolynomialSchedule, schedule_from_dict
+from lwd.schedules import PolynomialSchedule
 from lwd.training import OptimizerConfig, by_time, check_groups, identity_of, logged, machine_use, mean_of, to_json
 
 COLLAPSE_DELAY = 0.8
 """A probe whose mean curve has at least this delay (see `delay`) counts as collapsed."""
-
-CRITERION = (
-    "The delay of a curve is the area between it and the identity, as a share of that area for the extreme member "
-    "of the family, tau^(M+1): 0 for synchronous, 1 for the extreme. A probe has collapsed when the delay of its "
-    f"averaged curve is at least {COLLAPSE_DELAY}. The picked lambda is the weakest of those at and above which no "
-    "probe of the sweep collapsed. The area is used, not a single point, because every part of the curve counts in "
-    "the losses; the bound stands in the gap between curves that run off to the extreme and curves that settle."
-)
 
 
 @dataclass(frozen=True)
@@ -242,95 +233,3 @@ def delay(schedule: PolynomialSchedule) -> float:
     m = torch.arange(a.shape[1], dtype=torch.float64)
     area = (a / ((m + 1) * (m + 2))).sum(dim=1) / (a / (m + 1)).sum(dim=1)
     return float(((0.5 - area) / (0.5 - 1 / (schedule.degree + 2))).max())
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Probes over several lambda, weakest first, and the picked one (None when all collapsed)."""
-
-    kinetics: tuple[float, ...]
-    probes: tuple[LearnedSchedule, ...]
-    picked: float | None
-
-    @property
-    def schedule(self) -> PolynomialSchedule:
-        """The schedule of the picked lambda; ValueError when no value was stable."""
-        if self.picked is None:
-            raise ValueError(
-                f"every probe collapsed to the extreme schedule, up to lambda = {max(self.kinetics):g}; "
-                "sweep larger values"
-            )
-        return self.probes[self.kinetics.index(self.picked)].schedule
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "criterion": CRITERION,
-            "picked": self.picked,
-            "runs": [
-                {
-                    "kinetic": kinetic,
-                    "collapsed": probe.collapsed,
-                    "delay": probe.delay,
-                    "schedule": probe.schedule.to_dict(),
-                    "history": probe.history,
-                }
-                for kinetic, probe in zip(self.kinetics, self.probes, strict=True)
-            ],
-        }
-
-    def save(self, path: Path | str) -> Path:
-        return write_json(path, self.to_dict())
-
-    @classmethod
-    def load(cls, path: Path | str) -> Sweep:
-        data = read_json(path)
-        probes = []
-        for run in data["runs"]:
-            schedule = schedule_from_dict(run["schedule"], str(path))
-            assert isinstance(schedule, PolynomialSchedule)
-            probes.append(LearnedSchedule(schedule.frozen(), run["history"], run["delay"]))
-        return cls(tuple(run["kinetic"] for run in data["runs"]), tuple(probes), data["picked"])
-
-
-def sweep_kinetic(
-    make_denoiser: Callable[[], nn.Module],
-    data: LatentSource,
-    config: ProbeConfig,
-    kinetics: Sequence[float],
-    *,
-    directory: Path | str | None = None,
-    device: torch.device | str = "cpu",
-) -> Sweep:
-    """One probe per lambda, each from the same initial denoiser and on the same batches; picks the weakest stable one.
-
-    Args:
-        make_denoiser: builds the initial denoiser; must give the same weights at every call, so that lambda is the
-            only thing that differs.
-        kinetics: the values of lambda, in any order.
-        directory: each probe gets a folder ``lambda-<value>`` in it; finished and interrupted ones are continued.
-    """
-    kinetics = tuple(sorted(set(kinetics)))
-    if not kinetics or kinetics[0] < 0:
-        raise ValueError(f"a sweep needs values of lambda of at least 0, not {list(kinetics)}")
-    probes = tuple(
-        learn_schedule(
-            make_denoiser(),
-            data,
-            replace(config, kinetic=kinetic),
-            directory=None if directory is None else Path(directory) / f"lambda-{kinetic:g}",
-            device=device,
-            title=f"probe lambda {kinetic:g}",
-        )
-        for kinetic in kinetics
-    )
-    return Sweep(kinetics, probes, weakest_stable(kinetics, [probe.collapsed for probe in probes]))
-
-
-def weakest_stable(kinetics: Sequence[float], collapsed: Sequence[bool]) -> float | None:
-    """The smallest lambda at and above which nothing collapsed; None when the largest did."""
-    picked = None
-    for kinetic, bad in sorted(zip(kinetics, collapsed, strict=True), reverse=True):
-        if bad:
-            break
-        picked = kinetic
-    return picked

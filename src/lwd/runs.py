@@ -44,6 +44,13 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def own_device(name: str = "auto") -> torch.device:
+    """`pick_device`, where ``"auto"`` under torchrun is this process's own GPU."""
+    local = os.environ.get("LOCAL_RANK")
+    chosen = pick_device(name)
+    return pick_device(f"cuda:{local}") if chosen.type == "cuda" and name == "auto" and local else chosen
+
+
 def default_compile(device: torch.device) -> bool:
     """Whether compiling pays by default: on a GPU with a C++ compiler at hand. The demo's networks train as fast
     without on a CPU, and compiling them there takes a minute."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 # Nothing heavy is imported here: `lwd --help` must not wait for torch.
 from lwd.cli.encode import encode, semvae
+from lwd.cli.train import probe, train
 
 
 def demo(
@@ -33,110 +33,6 @@ def demo(
 
     page = run_demo(directory, budget=budget, seed=seed, device=device, compiled=compile)
     print(f"The page is ready: {page.resolve()}")
-
-
-def probe(
-    latents: Path,
-    out: Path,
-    recipe: str = "embedded",
-    kinetic: tuple[float, ...] = (),
-    budget: float = 1.0,
-    seed: int = 0,
-    device: str = "auto",
-    compile: bool | None = None,
-) -> None:
-    """Learn a schedule: Algorithm 1, stage I, over a sweep of lambda.
-
-    Writes sweep.json and, when a value is stable, schedule.json, the schedule of the weakest stable one.
-
-    Args:
-        latents: directory of training latents, as `lwd encode` makes it.
-        out: directory of the sweep; run the same command again to continue an interrupted one.
-        recipe: named experiment; `lwd recipes` lists them.
-        kinetic: values of lambda; the recipe's by default.
-        budget: factor on the probe's steps.
-        seed: of everything random.
-        device: auto, cpu, cuda, cuda:1 ...
-        compile: compile the network; by default on a GPU.
-    """
-    from lwd.data import LatentDataset
-    from lwd.data.loader import nearest
-    from lwd.probe import sweep_kinetic
-    from lwd.recipes import get_recipe
-    from lwd.runs import default_compile, default_precision, initial_denoiser, pick_device, write_run_config
-
-    chosen = get_recipe(recipe).scaled(budget)
-    if chosen.probe is None:
-        raise ValueError(f"recipe {recipe!r} has the fixed schedule {chosen.schedule!r}; there is nothing to probe")
-    where = pick_device(device)
-    compiled = default_compile(where) if compile is None else compile
-    config = replace(chosen.probe, seed=seed, compile=compiled, precision=default_precision(where))
-    data = nearest(LatentDataset.open(latents), where)
-    write_run_config(out, where, recipe=recipe, latents=str(latents), probe=config, backbone=chosen.backbone)
-    sweep = sweep_kinetic(
-        lambda: initial_denoiser(chosen.backbone, seed),
-        data,
-        config,
-        kinetic or chosen.kinetics,
-        directory=out,
-        device=where,
-    )
-    sweep.save(out / "sweep.json")
-    for value, learned in zip(sweep.kinetics, sweep.probes, strict=True):
-        state = "collapsed" if learned.collapsed else "picked" if value == sweep.picked else "stable"
-        print(f"lambda {value:<8g} delay {learned.delay:.3f}  {state}")
-    sweep.schedule.save(out / "schedule.json")
-    print(f"The schedule is {out / 'schedule.json'}.")
-
-
-def train(
-    latents: Path,
-    out: Path,
-    recipe: str = "embedded",
-    schedule: str | None = None,
-    budget: float = 1.0,
-    seed: int = 0,
-    device: str = "auto",
-    compile: bool | None = None,
-) -> None:
-    """Train a denoiser on a frozen schedule: Algorithm 1, stage II.
-
-    Args:
-        latents: directory of training latents.
-        out: directory of the run; run the same command again to continue an interrupted one.
-        recipe: named experiment; `lwd recipes` lists them.
-        schedule: synchronous, cascaded, offset[:delta], shifted:a,b or a schedule file; the recipe's by default.
-        budget: factor on the training steps.
-        seed: of everything random.
-        device: auto, cpu, cuda, cuda:1 ...
-        compile: compile the network; by default on a GPU.
-    """
-    from lwd.data import LatentDataset
-    from lwd.data.loader import nearest
-    from lwd.recipes import get_recipe, make_schedule
-    from lwd.runs import default_compile, default_precision, initial_denoiser, pick_device, write_run_config
-    from lwd.training import train as run_training
-
-    chosen = get_recipe(recipe).scaled(budget)
-    text = schedule or chosen.schedule
-    if text == "learned":
-        raise ValueError(
-            "this recipe trains on a learned schedule: pass --schedule with the file that `lwd probe` made"
-        )
-    where = pick_device(device)
-    data = nearest(LatentDataset.open(latents), where)
-    compiled = default_compile(where) if compile is None else compile
-    config = replace(chosen.train, seed=seed, compile=compiled, precision=default_precision(where))
-    denoiser = initial_denoiser(chosen.backbone, seed)
-    write_run_config(out, where, recipe=recipe, latents=str(latents), train=config, backbone=chosen.backbone)
-    epochs = config.steps * config.batch_size / len(data)
-    parameters = sum(p.numel() for p in denoiser.parameters())
-    print(
-        f"{config.steps} steps of {config.batch_size} images ({epochs:.1f} epochs of {len(data)}), "
-        f"{parameters / 1e6:.1f}M parameters, on {where}"
-    )
-    run_training(denoiser, make_schedule(text, data.spec.names), data, config, directory=out, device=where)
-    print(f"The denoiser is {out / 'model'}.")
 
 
 def sample(
@@ -223,12 +119,10 @@ def report(directory: Path) -> None:
 
 
 def recipes() -> None:
-    """List the named experiments."""
-    from lwd.recipes import RECIPES
+    """List the named experiments, with what they cost and what was published for them."""
+    from lwd.recipes import table
 
-    for make in RECIPES.values():
-        recipe = make()
-        print(f"{recipe.name:<24}{recipe.train.steps:>10} steps x {recipe.train.batch_size}   {recipe.summary}")
+    print("\n".join(table()))
 
 
 COMMANDS: dict[str, Callable[..., None]] = {

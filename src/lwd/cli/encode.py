@@ -86,6 +86,7 @@ def encode(
     from lwd.data.images import open_images
     from lwd.data.sharding import Share
     from lwd.progress import counting
+    from lwd.runs import own_device
 
     share = Share.from_environment()
     if check:
@@ -110,7 +111,7 @@ def encode(
             size=size, grey=grey, flips=flips, shard_size=shard, dtype=dtype, statistics=statistics, seed=seed,
             features="float16" if repa == "none" else repa, skip_corrupt=skip_corrupt, batch=batch, workers=workers,
         )  # fmt: skip
-        source, where = open_images(data, classes=classes), _device(device)
+        source, where = open_images(data, classes=classes), own_device(device)
         if like is not None:
             encoder, config, normalization = _like(like, out, config, where, precision)
         else:
@@ -167,9 +168,9 @@ def semvae(
     from lwd.encoders.semvae import SemVAE, SemVAEConfig
     from lwd.encoders.semvae_training import SemVAETrainConfig, train_semvae
     from lwd.randomness import derived_seed
-    from lwd.runs import default_precision, write_run_config
+    from lwd.runs import default_precision, own_device, write_run_config
 
-    where = _device(device)
+    where = own_device(device)
     if (latents is None) == (data is None):
         raise ValueError("give either --latents, a set with stored features, or --data with --features")
     if latents is not None:
@@ -189,17 +190,6 @@ def semvae(
     history = train_semvae(model, training, config, directory=out, device=where, validation=validation)
     last = history[-1]
     print(f"The SemVAE is {out / 'model'}; loss {last['loss']:.4f} after {steps} steps.")
-
-
-def _device(name: str) -> torch.device:
-    """`name`, where auto under torchrun is this process's own GPU."""
-    import os
-
-    from lwd.runs import pick_device
-
-    chosen = pick_device(name)
-    local = os.environ.get("LOCAL_RANK")
-    return pick_device(f"cuda:{local}") if chosen.type == "cuda" and name == "auto" and local else chosen
 
 
 def _encoder(

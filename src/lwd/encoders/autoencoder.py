@@ -39,8 +39,9 @@ class ImageAutoencoder(nn.Module):
         super().__init__()
         self.network: Any = network.eval().requires_grad_(False)
         self.source, self.sha256, self.posterior = source, sha256, posterior
-        self.channels = int(self.network.config.latent_channels)
-        self.downsampling = 2 ** (len(self.network.config.block_out_channels) - 1)
+        config: Any = network.config
+        self.channels = int(config.latent_channels)
+        self.downsampling = 2 ** (len(config.block_out_channels) - 1)
 
     @classmethod
     def load(cls, source: str | Path, *, posterior: Posterior = "sample", device: torch.device | str = "cpu") -> Self:

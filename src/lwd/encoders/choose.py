@@ -82,7 +82,8 @@ def projection(name: str, *, posterior: Posterior | None = None, device: torch.d
     if kind == "semvae" and path:
         from lwd.encoders.semvae import SemVAE
 
-        return SemVAE.load(path, device=device, **({} if posterior is None else {"posterior": posterior}))
+        settings: Any = {} if posterior is None else {"posterior": posterior}
+        return SemVAE.load(path, device=device, **settings)
     raise ValueError(f"unknown projection {name!r}; there are pca:CHANNELS, pca:FILE and semvae:FILE")
 
 

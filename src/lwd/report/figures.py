@@ -6,11 +6,13 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from lwd.files import write_atomically
 from lwd.report.read import Array
 from lwd.report.style import COLOURS, MARKERS, ink, with_variables
 from lwd.report.words import noun
@@ -19,6 +21,62 @@ from lwd.schedules import schedule_from_dict
 INK, MUTED, RULE, PAPER = (COLOURS[name].light for name in ("ink", "muted", "rule", "paper"))
 MAX_POINTS = 300
 """Points of a curve of log lines; longer logs are averaged down to it."""
+
+
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lwd",
+    "font.size": 12.5,
+    "text.color": MUTED,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.linewidth": 1.2,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.9,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.minor.size": 0,
+    "ytick.minor.size": 0,
+    "xtick.major.pad": 7,
+    "ytick.major.pad": 6,
+    "lines.linewidth": 2.2,
+    "lines.markersize": 6.5,
+    "lines.markeredgecolor": PAPER,
+    "lines.markeredgewidth": 1.2,
+    "lines.solid_capstyle": "round",
+}
+
+
+class Panel(NamedTuple):
+    """What `panel` draws."""
+
+    draw: Callable[[Any], None]
+    title: str
+    xlabel: str
+
+
+def save_panels(panels: Sequence[Panel], path: Path) -> Path:
+    """The panels side by side as a PNG; ImportError naming the extra when matplotlib is missing."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('figures need matplotlib: pip install "lwd[demo]"') from error
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.7 * len(panels), 4.6), layout="constrained", facecolor=PAPER)
+        for axes, shown in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            axes.set_facecolor(PAPER)
+            axes.set_title(shown.title, loc="left", fontsize=12.5, color=MUTED, pad=12)
+            axes.set_xlabel(shown.xlabel, labelpad=6)
+            shown.draw(axes)
+        return write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 
 def panel(draw: Callable[[Any], None], title: str, xlabel: str, *, width: int = 480, height: int = 330) -> str:
@@ -37,36 +95,7 @@ def panel(draw: Callable[[Any], None], title: str, xlabel: str, *, width: int = 
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('the report needs matplotlib: pip install "lwd[demo]"') from error
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "lwd",
-        "font.size": 12.5,
-        "text.color": MUTED,
-        "axes.edgecolor": RULE,
-        "axes.labelcolor": MUTED,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-        "axes.linewidth": 1.2,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": RULE,
-        "grid.linewidth": 0.9,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "xtick.major.size": 0,
-        "ytick.major.size": 0,
-        "xtick.minor.size": 0,
-        "ytick.minor.size": 0,
-        "xtick.major.pad": 7,
-        "ytick.major.pad": 6,
-        "lines.linewidth": 2.2,
-        "lines.markersize": 6.5,
-        "lines.markeredgecolor": PAPER,
-        "lines.markeredgewidth": 1.2,
-        "lines.solid_capstyle": "round",
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
         axes = figure.subplots()
         axes.set_title(title, loc="left", fontsize=12.5, color=MUTED, pad=12)
@@ -116,7 +145,7 @@ def ranks(runs: Sequence[Mapping[str, Any]]) -> list[float]:
     return [i / max(1, len(runs) - 1) for i in range(len(runs))]
 
 
-def sweep_curves(sweep: Mapping[str, Any]) -> str:
+def sweep_curves(sweep: Mapping[str, Any]) -> Panel:
     """The texture's local time against global time, for every lambda (the paper's Figure 2)."""
     runs = sweep["runs"]
     tau = np.linspace(0, 1, 101)
@@ -131,10 +160,10 @@ def sweep_curves(sweep: Mapping[str, Any]) -> str:
         axes.text(0.39, 0.46, "identity", ha="right")
         axes.text(0.79, 0.2, f"extreme: τ{_superscript(degree + 1)}")
 
-    return panel(draw, f"local time of the {noun(runs[0]['schedule']['groups'][0])}", "global time τ")
+    return Panel(draw, f"local time of the {noun(runs[0]['schedule']['groups'][0])}", "global time τ")
 
 
-def sweep_convergence(sweep: Mapping[str, Any], burn_in: int | None) -> str:
+def sweep_convergence(sweep: Mapping[str, Any], burn_in: int | None) -> Panel:
     """The curve's value at tau = 1/2 against the probe's step."""
     runs = sweep["runs"]
 
@@ -154,7 +183,7 @@ def sweep_convergence(sweep: Mapping[str, Any], burn_in: int | None) -> str:
         axes.set_xlim(0, last)
         axes.set_ylim(0, 0.6)
 
-    return panel(draw, f"local time of the {noun(runs[0]['schedule']['groups'][0])} at τ = 0.5", "probe step")
+    return Panel(draw, f"local time of the {noun(runs[0]['schedule']['groups'][0])} at τ = 0.5", "probe step")
 
 
 def arm_clocks(arms: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ class DemoFiles:
 
     Attributes:
         config: command, machine, versions, settings.
-        sweep: the probes over lambda, as `lwd.probe.Sweep.to_dict` describes them.
+        sweep: the probes over lambda, as `lwd.sweep.Sweep.to_dict` describes them.
         results: arms and their scores, the floor, seconds of every stage.
         logs: log lines of every trained arm.
         samples: arm (or "real") -> images uint8 [N, H, W] or [N, H, W, 3] and labels [N].

@@ -86,7 +86,10 @@ def sweep(files: DemoFiles) -> str:
         f"moment of the global time τ. A short probe trains a network and the curve of the {first} together. The "
         "weight λ of a penalty on fast motion decides how far the curve may bend, so several values are tried.</p>"
         + figure(
-            [figures.sweep_curves(files.sweep), figures.sweep_convergence(files.sweep, burn_in)],
+            [
+                figures.panel(*figures.sweep_curves(files.sweep)),
+                figures.panel(*figures.sweep_convergence(files.sweep, burn_in)),
+            ],
             caption,
             legend(entries),
         )

@@ -26,7 +26,13 @@ def joined(timeout: timedelta = timedelta(minutes=30)) -> Iterator[None]:
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timeout)
+    store, own_rank, processes = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        # torchrun keeps its store when it restarts the workers, so that one may find the address that another had
+        # before. Several machines avoid that with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, see docs/training.md.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=own_rank, world_size=processes, timeout=timeout)
     try:
         yield
     finally:

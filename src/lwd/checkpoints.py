@@ -11,9 +11,8 @@ from __future__ import annotations
 import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lwd import distributed
 from lwd.files import read_json, write_json
+
+# Said by a background thread, where a context manager would not reach it; one process is not a mistake.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class Checkpoints:
@@ -63,13 +65,12 @@ class Checkpoints:
             for leftover in self.directory.glob(".step-*.partial"):
                 shutil.rmtree(leftover)
         distributed.wait_for_all()
-        with _quiet():
-            writing = dcp.async_save(
-                state,
-                checkpoint_id=partial,
-                process_group=distributed.background_group(),
-                no_dist=distributed.world() == 1,
-            )
+        writing = dcp.async_save(
+            state,
+            checkpoint_id=partial,
+            process_group=distributed.background_group(),
+            no_dist=distributed.world() == 1,
+        )
         assert isinstance(writing, Future)
         if distributed.rank() == 0:
             self._writing = _then(writing, lambda: self._complete(step, partial, meta))
@@ -105,8 +106,7 @@ class Checkpoints:
         """
         path = self.path(step)
         try:
-            with _quiet():
-                dcp.load(state, checkpoint_id=path, no_dist=distributed.world() == 1)
+            dcp.load(state, checkpoint_id=path, no_dist=distributed.world() == 1)
         except (
             CheckpointException,
             RuntimeError,
@@ -144,11 +144,3 @@ def _then(future: Future[Any], act: Callable[[], object]) -> Future[Any]:
 
     future.add_done_callback(follow)
     return result
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's notes about how it stores what."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

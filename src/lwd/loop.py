@@ -133,36 +133,44 @@ def run_job(
 
     saved_at = window_start = time.monotonic()
     in_window = 0
-    with _Termination() as termination, Progress(title, steps, done=done, shown=main) as progress:
-        while done < steps:
-            # Scalars stay on the device between log lines: reading one would make the host wait for it every step.
-            pending.append(job.update(done))
-            done, in_window = done + 1, in_window + 1
-            info = ""
-            if done % log_every == 0 or done == steps:
-                skipped = _require_finite(pending, done, job, skip_non_finite)
-                elapsed = time.monotonic() - window_start
-                row = {"step": done, **_mean_metrics(pending), **job.describe()}
-                row["images_per_second"] = in_window * batch_size / elapsed
-                if skipped:
-                    row["skipped"] = skipped
-                for hook in hooks:
-                    if done * batch_size // hook.images > (done - len(pending)) * batch_size // hook.images:
-                        row |= hook.act(done)
-                pending, in_window, window_start = [], 0, time.monotonic()
-                history.append(row)
-                if main:
-                    log.add(row)
-                info = f"loss {row['loss']:.4f}"
-                due = done == steps or time.monotonic() - saved_at >= save_seconds
-                # The clock of one process decides for all.
-                if checkpoints is not None and distributed.from_main(due):
-                    save()
-                    saved_at = time.monotonic()
-            progress.advance(info=info)
-            if (distributed.world() == 1 or done % PREEMPTION_CHECK == 0) and distributed.any_of(termination.wanted):
-                save(wait=True)
-                raise PreemptedError(143)
+    try:
+        with _Termination() as termination, Progress(title, steps, done=done, shown=main) as progress:
+            while done < steps:
+                # Scalars stay on the device between log lines: reading one would make the host wait for it every step.
+                pending.append(job.update(done))
+                done, in_window = done + 1, in_window + 1
+                info = ""
+                if done % log_every == 0 or done == steps:
+                    skipped = _require_finite(pending, done, job, skip_non_finite)
+                    elapsed = time.monotonic() - window_start
+                    row = {"step": done, **_mean_metrics(pending), **job.describe()}
+                    row["images_per_second"] = in_window * batch_size / elapsed
+                    if skipped:
+                        row["skipped"] = skipped
+                    for hook in hooks:
+                        if done * batch_size // hook.images > (done - len(pending)) * batch_size // hook.images:
+                            row |= hook.act(done)
+                    pending, in_window, window_start = [], 0, time.monotonic()
+                    history.append(row)
+                    if main:
+                        log.add(row)
+                    info = f"loss {row['loss']:.4f}"
+                    due = done == steps or time.monotonic() - saved_at >= save_seconds
+                    # The clock of one process decides for all.
+                    if checkpoints is not None and distributed.from_main(due):
+                        save()
+                        saved_at = time.monotonic()
+                progress.advance(info=info)
+                if (distributed.world() == 1 or done % PREEMPTION_CHECK == 0) and distributed.any_of(
+                    termination.wanted
+                ):
+                    save(wait=True)
+                    raise PreemptedError(143)
+    except BaseException:
+        # What is being written is whole in a moment. Other processes that have died would have to take part in it.
+        if checkpoints is not None and distributed.world() == 1:
+            checkpoints.finish()
+        raise
     if checkpoints is not None:
         checkpoints.finish()
         distributed.wait_for_all()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lwd import distributed
 from lwd.backbones import LightningDiT, LightningDiTConfig
 from lwd.encoders.choose import Decoder, decoder
 from lwd.files import read_json, write_json
@@ -73,7 +74,9 @@ def initial_denoiser(backbone: LightningDiTConfig, seed: int) -> LightningDiT:
 
 
 def write_run_config(directory: Path, device: torch.device, **settings: Any) -> None:
-    """``config.json``: command, settings, machine, versions."""
+    """``config.json``: command, settings, machine, versions; written by the first process."""
+    if distributed.rank() != 0:
+        return
     plain = {
         name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
         for name, value in settings.items()

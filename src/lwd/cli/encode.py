@@ -161,6 +161,7 @@ def semvae(
     """
     import torch
 
+    from lwd import distributed
     from lwd.data.feature_source import ImageFeatures, StoredFeatures, split
     from lwd.data.images import open_images
     from lwd.data.reading import Reading
@@ -170,26 +171,28 @@ def semvae(
     from lwd.randomness import derived_seed
     from lwd.runs import default_precision, own_device, write_run_config
 
-    where = own_device(device)
-    if (latents is None) == (data is None):
-        raise ValueError("give either --latents, a set with stored features, or --data with --features")
-    if latents is not None:
-        source: Any = StoredFeatures(latents)
-    else:
-        if features is None or data is None:
-            raise ValueError("--data needs --features: the network whose features the SemVAE compresses")
-        network = feature_network(features, grid=grid, device=where)
-        source = ImageFeatures(open_images(data), network, Reading(size, batch=batch, workers=workers))
-    training, validation = split(source, heldout, seed)
-    config = SemVAETrainConfig(
-        steps=steps, batch_size=batch, seed=seed, precision=precision or default_precision(where)
-    )
-    torch.manual_seed(derived_seed(seed, "semvae weights"))
-    model = SemVAE(SemVAEConfig(features=source.width, channels=channels))
-    write_run_config(out, where, train=config, model=model.config, images=len(training), heldout=len(validation))
-    history = train_semvae(model, training, config, directory=out, device=where, validation=validation)
-    last = history[-1]
-    print(f"The SemVAE is {out / 'model'}; loss {last['loss']:.4f} after {steps} steps.")
+    with distributed.joined():
+        where = own_device(device)
+        if (latents is None) == (data is None):
+            raise ValueError("give either --latents, a set with stored features, or --data with --features")
+        if latents is not None:
+            source: Any = StoredFeatures(latents)
+        else:
+            if features is None or data is None:
+                raise ValueError("--data needs --features: the network whose features the SemVAE compresses")
+            network = feature_network(features, grid=grid, device=where)
+            source = ImageFeatures(open_images(data), network, Reading(size, batch=batch, workers=workers))
+        training, validation = split(source, heldout, seed)
+        config = SemVAETrainConfig(
+            steps=steps, batch_size=batch, seed=seed, precision=precision or default_precision(where)
+        )
+        torch.manual_seed(derived_seed(seed, "semvae weights"))
+        model = SemVAE(SemVAEConfig(features=source.width, channels=channels))
+        write_run_config(out, where, train=config, model=model.config, images=len(training), heldout=len(validation))
+        history = train_semvae(model, training, config, directory=out, device=where, validation=validation)
+        last = history[-1]
+        if distributed.rank() == 0:
+            print(f"The SemVAE is {out / 'model'}; loss {last['loss']:.4f} after {steps} steps.")
 
 
 def _encoder(

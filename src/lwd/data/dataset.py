@@ -117,30 +117,30 @@ class LatentDataset:
             out: a batch of the same size whose memory may be overwritten.
             pinned: allocate in page-locked memory, from which copies to a GPU run in the background.
         """
-        row = self._rows(indices, flip)
+        place = self._places(indices, flip)
         batch = out if out is not None else self._empty(len(indices), pinned)
         first = 0
         for key, channels in zip(self._group_keys, self.spec.sizes, strict=True):
             part = batch.latents[:, first : first + channels]
             if self._layout[key].dtype == part.dtype:
-                self._gather(key, row, part)
+                self._copy(key, place, part)
             else:
                 stored = torch.empty(part.shape, dtype=self._layout[key].dtype)
-                self._gather(key, row, stored)
+                self._copy(key, place, stored)
                 part.copy_(stored)
             first += channels
-        self._gather("labels", (row[0], row[1], None), batch.labels)
+        self._copy("labels", place, batch.labels)
         if batch.features is not None:
-            self._gather(FEATURES, row, batch.features)
+            self._copy(FEATURES, place, batch.features)
         if batch.scales is not None:
-            self._gather(FEATURES, row, batch.scales, suffix=SCALE)
+            self._copy(FEATURES + SCALE, place, batch.scales)
         return batch
 
     def will_need(self, indices: Tensor, flip: Tensor | None = None) -> None:
         """Have the system read these images from the disk in the background; a later `gather` will not wait for it."""
-        row = self._rows(indices, flip)
+        place = self._places(indices, flip)
         for key in [*self._group_keys, *([FEATURES] if self.features else [])]:
-            self._mapped.will_need(self._offsets(key, row), self._layout[key].bytes)
+            self._mapped.will_need(self._offsets(key, place), self._layout[key].bytes)
 
     def labels(self) -> Tensor:
         """The label of every image, [N]."""
@@ -188,25 +188,27 @@ class LatentDataset:
         ]
         return torch.cat(parts)
 
-    def _rows(self, indices: Tensor, flip: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Shard and row within it of every image, and whether it is mirrored."""
+    def _places(self, indices: Tensor, flip: Tensor | None) -> tuple[Tensor, Tensor]:
+        """For every image the entry of its view and shard in the tables of `_tables`, and its row in the shard."""
         indices = indices.cpu()
-        if len(indices) and not 0 <= int(indices.min()) <= int(indices.max()) < len(self):
-            raise IndexError(f"indices run from {indices.min()} to {indices.max()} in a latent set of {len(self)}")
-        if flip is not None and not self.flips:
-            raise ValueError(NO_FLIPS)
+        if len(indices):
+            low, high = (int(bound) for bound in indices.aminmax())
+            if low < 0 or high >= len(self):
+                raise IndexError(f"indices run from {low} to {high} in a latent set of {len(self)}")
         shard = torch.searchsorted(self._ends, indices, right=True)
-        return shard, indices - self._begins[shard], None if flip is None else flip.cpu()
+        local = indices - self._begins[shard]
+        if flip is None:
+            return shard, local
+        if not self.flips:
+            raise ValueError(NO_FLIPS)
+        return torch.add(shard, flip.cpu(), alpha=len(self._counts)), local
 
-    def _offsets(self, key: str, row: tuple[Tensor, Tensor, Tensor | None], suffix: str = "") -> Tensor:
-        shard, local, flip = row
-        start = self._starts[key + suffix][shard]
-        if flip is not None:
-            start = torch.where(flip, self._starts[key + FLIP + suffix][shard], start)
-        return start + local * self._layout[key + suffix].bytes
+    def _offsets(self, key: str, place: tuple[Tensor, Tensor]) -> Tensor:
+        entry, local = place
+        return torch.add(self._tables[key][entry], local, alpha=self._layout[key].bytes)
 
-    def _gather(self, key: str, row: tuple[Tensor, Tensor, Tensor | None], out: Tensor, suffix: str = "") -> None:
-        self._mapped.gather(self._offsets(key, row, suffix), out, self._alignment)
+    def _copy(self, key: str, place: tuple[Tensor, Tensor], out: Tensor) -> None:
+        self._mapped.gather(self._offsets(key, place), out, self._alignment)
 
     def _empty(self, count: int, pinned: bool) -> StoredBatch:
         def empty(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -249,6 +251,15 @@ class LatentDataset:
             if (starts < 0).any():
                 path = self.directory / self.manifest["shards"][int((starts < 0).nonzero()[0])]["files"][0]["file"]
                 raise ValueError(f"{path} holds no {key}; {_remake(path)}")
+        # Where each key begins in every shard, then where its mirrored twin does; labels are the same in both views.
+        self._tables = {
+            key: torch.cat([starts, self._starts.get(_twin(key), starts)]) for key, starts in self._starts.items()
+        }
+
+
+def _twin(key: str) -> str:
+    """The key of the mirrored view's array."""
+    return f"{key.removesuffix(SCALE)}{FLIP}{SCALE}" if key.endswith(SCALE) else key + FLIP
 
 
 def _remake(path: Path) -> str:

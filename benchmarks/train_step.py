@@ -2,8 +2,8 @@
 
     python benchmarks/train_step.py --json train_step.json
 
-Steps of stage II (with the cosine term, without REPA) on 256 tokens, and of the probe. Plain is the denoiser's loss with
-forward, backward and AdamW alone. Variants take turns, and ratios are of medians.
+Steps of stage II (with the cosine term, without REPA) on 256 tokens, and of the probe. Plain is the denoiser's loss
+with forward, backward and AdamW alone. Variants take turns, and ratios are of medians.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Validation:
             x1, labels = batch.latents.to(device), batch.labels.to(device)
             x0 = torch.randn(x1.shape, generator=stream(0, "validation", start, device), device=device)
             for point in range(self.points):
-                t = self.schedule(tau[point].expand(len(x1))).t
+                t = self.schedule(tau[point].repeat(len(x1))).t
                 z = interpolate(x0, x1, t, spec)
                 error = denoiser(z, t, labels).float() - target_velocity(x0, x1)
                 errors[point] += spec.group_mean(error.square()).sum(dim=0)

@@ -22,6 +22,7 @@ def encode(
     semantic: str | None = None,
     features: str | None = None,
     repa: Literal["none", "int8", "float16", "bfloat16", "float32"] = "none",
+    repa_features: str | None = None,
     like: Path | None = None,
     size: int = 256,
     grey: bool = False,
@@ -59,7 +60,8 @@ def encode(
         semantic: pca:CHANNELS (fitted to --data), pca:FILE or semvae:FILE, of the --features.
         features: dinov2-s, dinov2-b, dinov2-l, clip-b, clip-l, a transformers model by path or hub name, or
             efficientnet:BLOCK:SIZE.
-        repa: store the features for REPA too, in this precision.
+        repa: store features for REPA too, in this precision.
+        repa_features: the network they are of, if it is not that of --features.
         like: a latent set whose encoders and statistics are used: the training set, to encode held-out images.
         size: pixels per side after the centre crop.
         grey: read images as grey.
@@ -107,6 +109,8 @@ def encode(
     else:
         from lwd.data.encode import EncodeConfig
 
+        if repa != "none" and repa_features is None and features is None and like is None:
+            raise ValueError("--repa needs --features or --repa-features: the network that they are of")
         config = EncodeConfig(
             size=size, grey=grey, flips=flips, shard_size=shard, dtype=dtype, statistics=statistics, seed=seed,
             features="float16" if repa == "none" else repa, skip_corrupt=skip_corrupt, batch=batch, workers=workers,
@@ -117,7 +121,8 @@ def encode(
         else:
             encoder = _encoder(
                 out, source, config, share, where, texture=texture, semantic=semantic, features=features,
-                repa=repa != "none", grid=grid, posterior=posterior, pca_images=pca_images, precision=precision,
+                repa=None if repa == "none" else repa_features or features, grid=grid, posterior=posterior,
+                pca_images=pca_images, precision=precision,
             )  # fmt: skip
             normalization = None
         _run(source, encoder, config, out, share, normalization, dry_run)
@@ -205,7 +210,7 @@ def _encoder(
     texture: str | None,
     semantic: str | None,
     features: str | None,
-    repa: bool,
+    repa: str | None,
     grid: int | None,
     posterior: Literal["sample", "mean"],
     pca_images: int,
@@ -214,22 +219,26 @@ def _encoder(
     from lwd.encoders.choose import channels_to_fit, feature_network, projection, texture_encoder
     from lwd.encoders.composite import CompositeEncoder, ProjectedFeatures, SharedFeatures
 
-    if features is None and (semantic is not None or repa):
-        raise ValueError("--semantic and --repa need --features: the network that they come from")
-    shared = None
-    if features is not None:
-        shared = SharedFeatures(feature_network(features, grid=grid, device=device, precision=precision))
+    networks: dict[str, SharedFeatures] = {}
+
+    def network(name: str) -> SharedFeatures:
+        if name not in networks:
+            networks[name] = SharedFeatures(feature_network(name, grid=grid, device=device, precision=precision))
+        return networks[name]
+
     groups: dict[str, GroupEncoder] = {}
     if texture is not None:
         groups["texture"] = texture_encoder(texture, posterior=posterior, device=device)
-    if semantic is not None and shared is not None:
-        channels = channels_to_fit(semantic)
+    if semantic is not None:
+        if features is None:
+            raise ValueError("--semantic needs --features: the network that it is made of")
+        shared, channels = network(features), channels_to_fit(semantic)
         if channels is None:
             head: Projection = projection(semantic, device=device)
         else:
             head = _fitted_pca(out, source, shared, channels, config, pca_images, share)
         groups["semantic"] = ProjectedFeatures(shared, head)
-    return CompositeEncoder(groups, repa=shared if repa else None)
+    return CompositeEncoder(groups, repa=None if repa is None else network(repa))
 
 
 def _fitted_pca(

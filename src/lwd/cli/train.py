@@ -282,9 +282,13 @@ def _conclude(sweep: Sweep, out: Path, burn_in: int) -> None:
 
     sweep.save(out / "sweep.json")
     described: dict[str, Any] = sweep.to_dict()
-    save_panels([sweep_curves(described), sweep_convergence(described, burn_in)], out / "sweep.png")
-    for value, learned in zip(sweep.kinetics, sweep.probes, strict=True):
-        state = "collapsed" if learned.collapsed else "picked" if value == sweep.picked else "stable"
+    states = [
+        "collapsed" if learned.collapsed else "picked" if value == sweep.picked else "stable"
+        for value, learned in zip(sweep.kinetics, sweep.probes, strict=True)
+    ]
+    labels = [f"λ = {value:g}, {state}" for value, state in zip(sweep.kinetics, states, strict=True)]
+    save_panels([sweep_curves(described), sweep_convergence(described, burn_in)], out / "sweep.png", labels)
+    for value, learned, state in zip(sweep.kinetics, sweep.probes, states, strict=True):
         print(f"lambda {value:<8g} delay {learned.delay:.3f}  {state}")
     sweep.schedule.save(out / "schedule.json")
     print(f"The schedule is {out / 'schedule.json'}, the figure {out / 'sweep.png'}.")

@@ -158,7 +158,7 @@ class Encoding:
         images = self._first_images()
         indices = list(range(len(images)))
         on_gpu = torch.cuda.is_available()
-        self.arrays(indices[:1], images[:1])  # the first call warms up and allocates
+        self.arrays(indices, images)  # the first call warms up and allocates
         start = time.perf_counter()
         arrays, _ = self.arrays(indices, images)
         seconds = time.perf_counter() - start

@@ -40,16 +40,17 @@ class BatchOrder:
         """This process's images of step `step` (from 0), [batch_size / world]."""
         if step < 0:
             raise ValueError(f"steps count from 0, not {step}")
-        positions = torch.arange(step * self.batch_size, (step + 1) * self.batch_size)[self._part]
-        epochs = positions // self.count
-        first, last = int(epochs[0]), int(epochs[-1])
+        begin, end = step * self.batch_size + self._part.start, step * self.batch_size + self._part.stop
+        first, last = begin // self.count, (end - 1) // self.count
         self._epochs = {
             epoch: self._epochs[epoch] if epoch in self._epochs else self._permutation(epoch)
             for epoch in range(first, last + 1)
         }
-        if first == last:
-            return self._epochs[first][positions - first * self.count]
-        return torch.stack(list(self._epochs.values()))[epochs - first, positions % self.count]
+        parts = [
+            permutation[max(begin - epoch * self.count, 0) : end - epoch * self.count]
+            for epoch, permutation in self._epochs.items()
+        ]
+        return parts[0] if first == last else torch.cat(parts)
 
     def flips(self, step: int) -> Tensor:
         """Which of them are mirrored, [batch_size / world] bool, half on average."""

@@ -62,8 +62,15 @@ class Panel(NamedTuple):
     xlabel: str
 
 
-def save_panels(panels: Sequence[Panel], path: Path) -> Path:
-    """The panels side by side as a PNG; ImportError naming the extra when matplotlib is missing."""
+def save_panels(panels: Sequence[Panel], path: Path, labels: Sequence[str]) -> Path:
+    """The panels side by side as a PNG.
+
+    Args:
+        labels: of the last lines of the first panel, for a legend below.
+
+    Raises:
+        ImportError: matplotlib is missing; names the extra.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -76,6 +83,8 @@ def save_panels(panels: Sequence[Panel], path: Path) -> Path:
             axes.set_title(shown.title, loc="left", fontsize=12.5, color=MUTED, pad=12)
             axes.set_xlabel(shown.xlabel, labelpad=6)
             shown.draw(axes)
+        lines = figure.axes[0].lines[-len(labels) :]
+        figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         return write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lwd import cli
 from lwd.data.embedded import encode_embedded, load_embedded_images
@@ -84,6 +85,13 @@ def test_train_on_a_named_schedule(workspace):
     train(workspace, "offset", "--recipe", "embedded-offset")
     assert load_schedule(workspace / "offset/schedule.json").to_dict() == OffsetSchedule(0.3).to_dict()
     train(workspace, "synchronous", "--schedule", "synchronous")
+    # A sheet of 4 x 4 images of 32 pixels at every tenth of the run, 7 steps, noticed when the log is written.
+    sheets = sorted((workspace / "synchronous" / "samples").iterdir())
+    assert sheets[-1].name == "00000007.png"
+    assert Image.open(sheets[-1]).size == (128, 128)
+    assert list((workspace / "synchronous" / "tensorboard").iterdir())
+    row = json.loads((workspace / "synchronous" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["operations_per_second"] > 1e8
     assert isinstance(load_schedule(workspace / "synchronous/schedule.json"), SynchronousSchedule)
 
 

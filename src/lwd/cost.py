@@ -165,6 +165,13 @@ RTX4090 = Card("RTX 4090", 165e12, 24 * GIB, 0.40)
 """The utilisation is an assumption, not a measurement."""
 
 
+def peak_of(device: str) -> float | None:
+    """Operations per second that the maker states for the GPU called `device`, if it is one of the cards above."""
+    # An H200 is an H100 with more memory.
+    named = {"H100": H100, "H200": H100, "B200": B200, "4090": RTX4090}
+    return next((card.peak for name, card in named.items() if name in device), None)
+
+
 @dataclass(frozen=True)
 class Cost:
     """What one recipe costs.

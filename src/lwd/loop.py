@@ -86,6 +86,7 @@ def run_job(
     must_resume: bool = False,
     watchers: Sequence[Watcher] = (),
     hooks: Sequence[Hook] = (),
+    operations: float | None = None,
 ) -> list[dict[str, Any]]:
     """Run `job` up to `steps` updates, going on from the newest checkpoint in `directory` if there is one.
 
@@ -100,6 +101,7 @@ def run_job(
         must_resume: a run that finds no checkpoint is an error.
         watchers: get every log line too.
         hooks: are called at log steps.
+        operations: of one image, to log what the machine achieves.
 
     Returns:
         The log lines of all steps so far.
@@ -144,7 +146,7 @@ def run_job(
                     skipped = _require_finite(pending, done, job, skip_non_finite)
                     elapsed = time.monotonic() - window_start
                     row = {"step": done, **_mean_metrics(pending), **job.describe()}
-                    row["images_per_second"] = in_window * batch_size / elapsed
+                    row |= _speed(in_window * batch_size / elapsed, operations)
                     if skipped:
                         row["skipped"] = skipped
                     for hook in hooks:
@@ -175,6 +177,18 @@ def run_job(
         checkpoints.finish()
         distributed.wait_for_all()
     return history
+
+
+def _speed(images_per_second: float, operations: float | None) -> dict[str, float]:
+    """Images per second, and with the operations of one also those, and their share of what the GPUs' maker states."""
+    if operations is None:
+        return {"images_per_second": images_per_second}
+    from lwd.cost import peak_of
+
+    achieved = images_per_second * operations
+    speed = {"images_per_second": images_per_second, "operations_per_second": achieved}
+    peak = peak_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return speed if peak is None else speed | {"utilisation": achieved / (peak * distributed.world())}
 
 
 def _resume(

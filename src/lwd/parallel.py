@@ -51,7 +51,7 @@ class Trained:
         recompute: int = 0,
         unused: Sequence[str] = (),
     ) -> None:
-        self.precision, self.device = precision, device
+        self.precision, self.device, self.spec = precision, device, getattr(denoiser, "spec", None)
         for name in unused:
             if (module := getattr(denoiser, name, None)) is not None:
                 module.requires_grad_(False)

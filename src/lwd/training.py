@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from lwd.files import write_atomically, write_json
 from lwd.latents import LatentSpec
 from lwd.loop import COUNT, Hook, run_job
 from lwd.metrics import Watcher
-from lwd.objective import Jacobian, Reduction, Repa, TimeDistribution, denoiser_objective
+from lwd.objective import Denoiser, Jacobian, Reduction, Repa, TimeDistribution, denoiser_objective
 from lwd.parallel import (
     Average,
     Parallel,
@@ -118,6 +118,15 @@ class TrainResult:
     history: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Measure:
+    """Something done every `images` images with the averaged network: `act` gets it as a denoiser, and the step; what
+    it returns joins the log line. All processes call it."""
+
+    images: int
+    act: Callable[[Denoiser, int], dict[str, Any]]
+
+
 def train(
     denoiser: nn.Module,
     schedule: Schedule,
@@ -128,6 +137,7 @@ def train(
     device: torch.device | str = "cpu",
     title: str = "train",
     heldout: LatentSource | None = None,
+    measures: Sequence[Measure] = (),
     watchers: Sequence[Watcher] = (),
     must_resume: bool = False,
 ) -> TrainResult:
@@ -142,6 +152,7 @@ def train(
         directory: gets ``checkpoints/``, ``metrics.jsonl``, ``schedule.json``, ``latents.json``, snapshots of the
             averaged weights, and, for a network that can `save_pretrained`, the result as ``model/``.
         heldout: latents that are not trained on, to measure `lwd.validation.Validation` with.
+        measures: what else to do with the averaged network on the way.
         watchers: get every log line.
         must_resume: a run that finds no checkpoint is an error.
 
@@ -165,9 +176,9 @@ def train(
         schedule.save(directory / "schedule.json")
         latents = {"normalization": data.normalization.to_dict(), "encoders": getattr(data, "encoders", {})}
         write_json(directory / "latents.json", latents)
-    hooks = []
     if heldout is not None:
-        hooks.append(Hook(config.validate_every, job.validation(Validation(heldout, schedule))))
+        validation = Validation(heldout, schedule)
+        measures = [*measures, Measure(config.validate_every, lambda net, _: validation.measure(net, job.device))]
     history = run_job(
         job,
         config.steps,
@@ -182,7 +193,8 @@ def train(
         skip_non_finite=config.skip_non_finite,
         must_resume=must_resume,
         watchers=watchers,
-        hooks=hooks,
+        hooks=[Hook(measure.images, job.measuring(measure)) for measure in measures],
+        operations=job.operations,
     )
     job.average.copy_to_network()
     denoiser.eval()
@@ -281,15 +293,24 @@ class _Training:
         if distributed.rank() == 0:
             write_atomically(path, lambda temporary: save_file(weights, temporary))
 
-    def validation(self, validation: Validation) -> Any:
-        def measure(step: int) -> dict[str, Any]:
+    def measuring(self, measure: Measure) -> Callable[[int], dict[str, Any]]:
+        def act(step: int) -> dict[str, Any]:
             self.denoiser.eval()
-            with self.average.in_place():
-                found = validation.measure(self.forward, self.device)
+            with self.average.in_place(), torch.no_grad():
+                found = measure.act(self.forward, step)
             self.denoiser.train()
             return found
 
-        return measure
+        return act
+
+    @property
+    def operations(self) -> float | None:
+        """Of one image in training, where the network says how large it is: three forward passes."""
+        from lwd.backbones import LightningDiTConfig
+        from lwd.cost import forward_flops
+
+        config = getattr(self.denoiser, "config", None)
+        return 3.0 * forward_flops(config) if isinstance(config, LightningDiTConfig) else None
 
 
 def identity_of(config: Any) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from lwd.batches import LatentSource
     from lwd.metrics import Watcher
@@ -124,6 +125,7 @@ def train(
     save_minutes: float | None = None,
     keep_every: int = 0,
     validate_every: int | None = None,
+    sample_every: int | None = None,
     skip_non_finite: bool = False,
     tensorboard: bool = True,
     wandb: str | None = None,
@@ -150,6 +152,7 @@ def train(
         save_minutes: between two checkpoints; the recipe's by default.
         keep_every: steps between checkpoints that are kept for good; 0 keeps the newest two only.
         validate_every: images between two measurements on --heldout.
+        sample_every: images between two sheets of samples in samples/; a tenth of the run by default, 0 for none.
         skip_non_finite: leave out steps with a loss or gradient that is not finite, instead of stopping.
         tensorboard: write TensorBoard's files beside metrics.jsonl.
         wandb: project of Weights & Biases to log to.
@@ -157,8 +160,10 @@ def train(
     from dataclasses import replace
 
     from lwd import distributed
+    from lwd.generation import SampleSheets
     from lwd.recipes import get_recipe, make_schedule
     from lwd.runs import default_compile, default_precision, initial_denoiser, own_device, write_run_config
+    from lwd.training import Measure
     from lwd.training import train as run_training
 
     chosen = get_recipe(recipe).scaled(budget)
@@ -191,9 +196,17 @@ def train(
             write_run_config(out, where, recipe=recipe, latents=str(latents), train=config, backbone=chosen.backbone)
             _announce(chosen, len(data), where)
             watchers = _watchers(out, tensorboard, wandb)
+        path = make_schedule(text, data.spec.names)
+        interval = config.steps * config.batch_size // 10 if sample_every is None else sample_every
+        measures = []
+        if interval and (decode := _decoder(data)) is not None:
+            shape = (data.spec.channels, chosen.backbone.input_size, chosen.backbone.input_size)
+            drawn = path.frozen().to(where)
+            sheets = SampleSheets(out, drawn, decode, shape, chosen.backbone.num_classes, where)
+            measures.append(Measure(interval, sheets.draw))
         run_training(
-            initial_denoiser(chosen.backbone, seed), make_schedule(text, data.spec.names), data, config, directory=out,
-            device=where, heldout=held, watchers=watchers, must_resume=resume,
+            initial_denoiser(chosen.backbone, seed), path, data, config, directory=out, device=where, heldout=held,
+            measures=measures, watchers=watchers, must_resume=resume,
         )  # fmt: skip
         for watcher in watchers:
             watcher.close()
@@ -222,6 +235,22 @@ def _open(latents: Path, recipe: Recipe, device: torch.device) -> LatentSource:
     if problems:
         raise ValueError(f"{latents} does not fit the recipe {recipe.name!r}: it has " + "; ".join(problems))
     return nearest(data, device)
+
+
+def _decoder(data: LatentSource) -> Callable[[Tensor], Tensor] | None:
+    """Latents of `data` to images; None, with a note, where they cannot be decoded."""
+    from lwd import distributed
+    from lwd.encoders.choose import decoder
+    from lwd.runs import decode_texture
+
+    encoders = getattr(data, "encoders", {})
+    try:
+        decoder(encoders.get(data.spec.names[0], {}))
+    except (ValueError, OSError, ImportError) as error:
+        if distributed.rank() == 0:
+            print(f"No sheets of samples: {error}")
+        return None
+    return lambda latents: decode_texture(latents, data.spec, data.normalization, encoders)
 
 
 def _announce(recipe: Recipe, images: int, device: torch.device) -> None:

@@ -325,8 +325,10 @@ def test_half_precision_distances_are_adms():
     reference, generated = (0.5 + 0.2 * normal(seed, 300, 2000).abs().float() for seed in (0, 1))
     expected = half_precision_recall(reference.numpy(), generated.numpy(), 3)
     result = precision_recall(reference, generated, distances="float16", max_elements=5000)
-    assert result == expected
-    assert result != precision_recall(reference, generated)  # the rounding is what one sees
+    # Sums of products come in another order with other threads, and a last bit of half precision moves a sample or two.
+    assert tuple(result) == pytest.approx(expected, abs=2.5 / 300)
+    unrounded = precision_recall(reference, generated)
+    assert abs(result.precision - unrounded.precision) > 5 / 300  # the rounding is what one sees
 
 
 def test_half_precision_refuses_to_overflow():

@@ -82,6 +82,28 @@ def test_how_a_run_is_carried_out_may_change_on_the_way(tmp_path):
         train(Blocked(), OffsetSchedule(0.3), make_data(), replace(TRAIN, steps=10, batch_size=4), directory=tmp_path)
 
 
+def test_a_training_at_a_constant_rate_can_be_made_longer(tmp_path):
+    """Ten steps, then forty more, are the fifty of one run; with a decaying rate that is refused."""
+    train(Blocked(), OffsetSchedule(0.3), make_data(), replace(TRAIN, steps=10), directory=tmp_path / "grown")
+    grown = train(Blocked(), OffsetSchedule(0.3), make_data(), TRAIN, directory=tmp_path / "grown")
+    whole = train(Blocked(), OffsetSchedule(0.3), make_data(), TRAIN)
+    for a, b in zip(grown.denoiser.parameters(), whole.denoiser.parameters(), strict=True):
+        assert torch.equal(a, b)
+    decaying = replace(TRAIN, steps=5, optimizer=replace(TRAIN.optimizer, decay="linear"))
+    train(Blocked(), OffsetSchedule(0.3), make_data(), decaying, directory=tmp_path / "fixed")
+    with pytest.raises(ValueError, match=r"train.steps: 5 in the checkpoint, 6 now"):
+        train(Blocked(), OffsetSchedule(0.3), make_data(), replace(decaying, steps=6), directory=tmp_path / "fixed")
+
+
+def test_a_run_remembers_its_latents(tmp_path):
+    data = make_data()
+    data.fingerprint = "abc"
+    train(Blocked(), OffsetSchedule(0.3), data, replace(TRAIN, steps=2), directory=tmp_path)
+    data.fingerprint = "def"
+    with pytest.raises(ValueError, match=r"latents: 'abc' in the checkpoint, 'def' now"):
+        train(Blocked(), OffsetSchedule(0.3), data, replace(TRAIN, steps=2), directory=tmp_path)
+
+
 # --- numerics ------------------------------------------------------------------------------------------------------
 
 

@@ -116,6 +116,7 @@ def learn_schedule(
         directory=directory,
         identity={
             "probe": identity_of(config),
+            "latents": getattr(data, "fingerprint", None),
             "normalization": data.normalization.to_dict(),
             "parameters": parameters,
         },

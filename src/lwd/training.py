@@ -168,6 +168,7 @@ def train(
     job = _Training(denoiser.to(device), schedule, data, config, directory, torch.device(device))
     identity = {
         "train": identity_of(config),
+        "latents": getattr(data, "fingerprint", None),
         "schedule": {key: schedule.to_dict()[key] for key in ("kind", "groups", "parameters")},
         "normalization": data.normalization.to_dict(),
         "parameters": parameters,
@@ -314,8 +315,14 @@ class _Training:
 
 
 def identity_of(config: Any) -> dict[str, Any]:
-    """What of a configuration a resumed run must not change, as JSON reads it back."""
-    return {key: value for key, value in to_json(config).items() if key not in EXECUTION}
+    """What of a configuration a resumed run must not change, as JSON reads it back.
+
+    A training at a constant rate may be made longer: its steps so far do not depend on how many there will be.
+    """
+    extendable = (
+        {"steps", "snapshots"} if isinstance(config, TrainConfig) and config.optimizer.decay == "constant" else ()
+    )
+    return {key: value for key, value in to_json(config).items() if key not in EXECUTION.union(extendable)}
 
 
 def by_time(per_group: Tensor, t: Tensor, spec: LatentSpec) -> dict[str, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +38,7 @@ class LatentDataset:
     Attributes:
         flips: whether there are latents of the mirrored images.
         features: whether there are REPA features.
+        fingerprint: changes with any of its files.
     """
 
     def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
@@ -46,6 +49,9 @@ class LatentDataset:
         self.grid: tuple[int, int] = tuple(manifest["grid"])
         self.encoders: dict[str, Any] = manifest["encoders"]
         self.flips, self.features = bool(manifest["flips"]), manifest["features"] is not None
+        # What was hashed already stands for the arrays, and the groups for what is made of them.
+        hashed = json.dumps([manifest["groups"], [entry["sha256"] for entry in self.files]], sort_keys=True)
+        self.fingerprint = hashlib.sha256(hashed.encode()).hexdigest()
         self._group_keys: list[str] = [group["key"] for group in manifest["groups"]]
         self._ends = torch.tensor([shard["count"] for shard in manifest["shards"]], dtype=torch.int64).cumsum(0)
         self._begins = torch.cat([self._ends.new_zeros(1), self._ends[:-1]])
@@ -178,6 +184,7 @@ class LatentDataset:
             flipped_features=features(FLIP) if self.features and self.flips else None,
             class_names=self.class_names,
             encoders=self.encoders,
+            fingerprint=self.fingerprint,
         )
 
     def _all_of(self, key: str) -> Tensor:

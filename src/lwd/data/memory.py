@@ -56,6 +56,7 @@ class TensorLatents:
         flipped: latents of the mirrored images, if any.
         features: REPA features [N, F, h, w], if any.
         flipped_features: REPA features of the mirrored images; needed where there are `features` and `flipped`.
+        fingerprint: of the set on disk that they came from; a run remembers it.
 
     Raises:
         ValueError: shapes or labels that do not fit one another, or no images.
@@ -73,6 +74,7 @@ class TensorLatents:
         flipped_features: Tensor | None = None,
         class_names: Sequence[str] = (),
         encoders: Mapping[str, Any] | None = None,
+        fingerprint: str | None = None,
     ) -> None:
         spec.check(latents)
         check_labels(labels, len(latents), len(class_names))
@@ -80,7 +82,7 @@ class TensorLatents:
         self.spec, self.latents, self.labels = spec, latents, labels
         self.normalization = normalization if normalization is not None else Normalization.from_latents(latents)
         self.flipped, self.features, self.flipped_features = flipped, features, flipped_features
-        self.class_names, self.encoders = tuple(class_names), dict(encoders or {})
+        self.class_names, self.encoders, self.fingerprint = tuple(class_names), dict(encoders or {}), fingerprint
 
     def __len__(self) -> int:
         return len(self.latents)

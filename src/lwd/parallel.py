@@ -139,6 +139,10 @@ class Average:
 
     @torch.no_grad()
     def _fill(self, values: Sequence[Tensor]) -> None:
+        for module in self.network.modules():
+            # A forward pass without a backward one leaves the whole weights of the outermost unit with each process.
+            if (reshard := getattr(module, "reshard", None)) is not None:
+                reshard()
         torch._foreach_copy_(_local(self._parameters()), _local(values))
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -404,6 +404,24 @@ def test_colors_are_the_principal_components_between_black_and_white():
     assert grey[0, 0, 0, 0] == 0
 
 
+def test_the_share_is_that_of_torchrun_or_of_a_step_of_slurm(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert Share.from_environment() == Share(0, 1)
+    # A batch script that calls the command without srun does all the work, whatever it has asked for.
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert Share.from_environment() == Share(0, 1)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    assert Share.from_environment() == Share(3, 8)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert Share.from_environment() == Share(1, 2)
+    with pytest.raises(ValueError, match="there is no rank 2"):
+        Share(2, 2)
+
+
 # --- processes ------------------------------------------------------------------------------------------------------
 
 

@@ -48,7 +48,7 @@ def encode(
 ) -> None:
     """Encode images into composite latents: shards, manifest and statistics.
 
-    Interrupted, or killed, the same command goes on. Under torchrun (or as a Slurm job) the processes share the
+    Interrupted, or killed, the same command goes on. Under torchrun (or srun) the processes share the
     shards. Without --texture and --semantic the embedded images are encoded as the demo does it, into train/ and
     heldout/.
 

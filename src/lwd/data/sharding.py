@@ -44,10 +44,11 @@ class Share:
 
     @classmethod
     def from_environment(cls) -> Share:
-        """As torchrun or a Slurm job sets it; all the work without either."""
-        environment = os.environ
-        rank = environment.get("RANK", environment.get("SLURM_PROCID", "0"))
-        return cls(int(rank), int(environment.get("WORLD_SIZE", environment.get("SLURM_NTASKS", "1"))))
+        """As torchrun, or srun for a step of several tasks, sets it; all the work without either."""
+        for rank, world in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+            if rank in os.environ and world in os.environ:
+                return cls(int(os.environ[rank]), int(os.environ[world]))
+        return cls()
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,7 @@ def run_job(
                 done, in_window = done + 1, in_window + 1
                 info = ""
                 if done % log_every == 0 or done == steps:
+                    begin = done - len(pending)
                     skipped = _require_finite(pending, done, job, skip_non_finite)
                     elapsed = time.monotonic() - window_start
                     row = {"step": done, **_mean_metrics(pending), **job.describe()}
@@ -150,7 +151,7 @@ def run_job(
                     if skipped:
                         row["skipped"] = skipped
                     for hook in hooks:
-                        if done * batch_size // hook.images > (done - len(pending)) * batch_size // hook.images:
+                        if done * batch_size // hook.images > begin * batch_size // hook.images:
                             row |= hook.act(done)
                     pending, in_window, window_start = [], 0, time.monotonic()
                     history.append(row)
@@ -163,9 +164,10 @@ def run_job(
                         save()
                         saved_at = time.monotonic()
                 progress.advance(info=info)
-                if (distributed.world() == 1 or done % PREEMPTION_CHECK == 0) and distributed.any_of(
-                    termination.wanted
-                ):
+                agreed = distributed.world() == 1 or done % PREEMPTION_CHECK == 0
+                if agreed and distributed.any_of(termination.wanted):
+                    if pending:
+                        _require_finite(pending, done, job, skip_non_finite)
                     save(wait=True)
                     raise PreemptedError(143)
     except BaseException:
@@ -232,7 +234,7 @@ def _short(value: Any) -> str:
 def _require_finite(rows: list[dict[str, Tensor]], done: int, job: Job, skip: bool) -> int:
     """How many of the steps in `rows` were not finite, in any process; those are removed, or it is an error."""
     watched = [name for name in ("loss", "gradient_norm") if name in rows[0]]
-    finite = torch.stack([torch.stack([row[name].float() for name in watched]) for row in rows]).isfinite().all(dim=1)
+    finite = torch.stack([_stacked(rows, name).isfinite() for name in watched]).all(dim=0)
     bad = distributed.mean_((~finite).float()) > 0
     if not bool(bad.any()):
         return 0
@@ -254,9 +256,9 @@ def _require_finite(rows: list[dict[str, Tensor]], done: int, job: Job, skip: bo
 def _mean_metrics(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
     """Means over the rows and over the processes; of vectors, element by element, None where there was nothing."""
     names = list(rows[0])
-    # One message for all of them.
-    means = [torch.stack([row[name].to("cpu", torch.float64) for row in rows]).mean(dim=0) for name in names]
-    joined = distributed.mean_(torch.cat([mean.flatten() for mean in means]))
+    # One message between the processes and one copy from the device for all of them.
+    means = [_stacked(rows, name).double().mean(dim=0) for name in names]
+    joined = distributed.mean_(torch.cat([mean.flatten() for mean in means])).cpu()
     parts = joined.split([mean.numel() for mean in means])
     by_name = {name: part.view_as(mean) for name, part, mean in zip(names, parts, means, strict=True)}
     result: dict[str, Any] = {}
@@ -270,6 +272,12 @@ def _mean_metrics(rows: list[dict[str, Tensor]]) -> dict[str, Any]:
         else:
             result[name] = value.tolist()
     return result
+
+
+def _stacked(rows: list[dict[str, Tensor]], name: str) -> Tensor:
+    """One metric of all rows, where it was made; rows read back from a checkpoint join it there."""
+    device = rows[-1][name].device
+    return torch.stack([row[name].to(device) for row in rows])
 
 
 class _Termination:

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from lwd.data.dataset import LatentDataset
 from lwd.data.images import ImageError, ImageSource, crop_to_array
-from lwd.data.layout import sha256_of
 from lwd.encoders.choose import Decoder
 from lwd.encoders.pca import PCAFit
-from lwd.files import write_atomically
+from lwd.files import sha256_of, write_atomically
 from lwd.randomness import stream
 
 

@@ -22,13 +22,12 @@ from lwd.data.layout import (
     image_names,
     layout_of,
     read_header,
-    sha256_of,
     spec_of,
 )
 from lwd.data.mapping import MappedFiles
 from lwd.data.memory import NO_FLIPS, Batch, StoredBatch, TensorLatents
 from lwd.data.quantize import dequantize
-from lwd.files import read_json
+from lwd.files import read_json, sha256_of
 from lwd.latents import Normalization
 
 

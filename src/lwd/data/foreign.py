@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from lwd.data.layout import FEATURES, FLIP, FORMAT, MANIFEST, StoredArray, dtype_name, read_header, sha256_of
+from lwd.data.layout import FEATURES, FLIP, FORMAT, MANIFEST, StoredArray, dtype_name, read_header
 from lwd.data.statistics import ChannelStatistics
-from lwd.files import write_json
+from lwd.files import sha256_of, write_json
 from lwd.latents import Normalization
 
 # Key and name of the groups that SFD's shards may hold, in the order of its channels.

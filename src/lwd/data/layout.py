@@ -10,7 +10,6 @@ has its own), and each file names its images in its metadata. The manifest names
 
 from __future__ import annotations
 
-import hashlib
 import json
 import struct
 from collections.abc import Mapping, Sequence
@@ -22,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lwd.files import write_atomically, write_json
+from lwd.files import sha256_of, write_atomically, write_json
 from lwd.latents import LatentSpec, Normalization
 
 FORMAT = "lwd-latents/1"
@@ -176,8 +175,3 @@ def write_manifest(
             "provenance": dict(provenance),
         },
     )
-
-
-def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lwd.files import read_json
+from lwd.files import read_json, sha256_of
 
 Precision = Literal["float32", "bf16"]
 
@@ -268,10 +268,7 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 def _sha256(files: list[Path]) -> str:
     """Of the file; of several, of their hashes in hexadecimal, one after another in the order of their names."""
-    hashes = []
-    for file in files:
-        with file.open("rb") as opened:
-            hashes.append(hashlib.file_digest(opened, "sha256").hexdigest())
+    hashes = [sha256_of(file) for file in files]
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

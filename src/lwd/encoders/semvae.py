@@ -20,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lwd.data.layout import sha256_of
-from lwd.files import read_json, write_atomically, write_json
+from lwd.files import read_json, sha256_of, write_atomically, write_json
 from lwd.randomness import stream
 
 Posterior = Literal["sample", "mean"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from lwd.evaluation.features import FeatureExtractor, ImageFeatures, Progress, e
 from lwd.evaluation.images import NpzImages
 from lwd.evaluation.inception import NAME as INCEPTION
 from lwd.evaluation.statistics import FeatureStatistics
+from lwd.files import sha256_of
 from lwd.randomness import stream
 
 _ADM_KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
@@ -118,7 +118,7 @@ def load_reference(
             raise FileNotFoundError(f"no reference at {path}")
         if not _is_features(path):
             statistics = FeatureStatistics.load(path)
-            digest = _sha256(path)
+            digest = sha256_of(path)
             return Reference(str(path), "statistics", digest, statistics.count, None, {"pool": statistics}, None, None)
         source = ImageFeatures.load(path)
     if isinstance(source, ImageFeatures):
@@ -129,11 +129,11 @@ def load_reference(
         if stored and not _has_images(path):
             if extractor.name != INCEPTION:
                 raise ValueError(f"{path} holds Inception's statistics alone, which say nothing about {extractor.name}")
-            return Reference(str(path), "ADM reference", _sha256(path), None, None, stored, None, None)
+            return Reference(str(path), "ADM reference", sha256_of(path), None, None, stored, None, None)
     features = extract_features(source, extractor, batch_size=batch_size, cache=cache, progress=progress)
     if stored and extractor.name == INCEPTION:
         shape = features.images["shape"]
-        digest = _sha256(Path(source))
+        digest = sha256_of(Path(source))
         return Reference(str(path), "ADM reference", digest, None, shape, stored, features.pool, features.extractor)
     return _of_features(features, "images")
 
@@ -191,8 +191,3 @@ def _adm_statistics(path: Path) -> dict[str, FeatureStatistics]:
     if _has_images(path):
         NpzImages(path)  # a wrong array is found before any feature is computed
     return found
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

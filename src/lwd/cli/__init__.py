@@ -8,6 +8,7 @@ from pathlib import Path
 
 # Nothing heavy is imported here: `lwd --help` must not wait for torch.
 from lwd.cli.encode import encode, semvae
+from lwd.cli.evaluate import evaluate
 from lwd.cli.train import probe, train
 
 
@@ -83,28 +84,6 @@ def sample(
     )
     drawn.save(out)
     print(f"{images} images in {out}, at most {int(drawn.evaluations.max())} model evaluations each.")
-
-
-def evaluate(samples: Path, reference: Path, judge: Path, out: Path | None = None) -> None:
-    """Compare generated with real images: two feature distances, precision, recall, class accuracy.
-
-    For small data, with the embedded network and a judge trained by `lwd demo`; these are not FID.
-
-    Args:
-        samples: npz with images and labels, as `lwd sample` makes it.
-        reference: npz with real images, for example samples/real.npz of a demo.
-        judge: judge.safetensors of a demo.
-        out: JSON file for the result.
-    """
-    import json
-
-    from lwd.evaluation import evaluate_files
-    from lwd.files import write_json
-
-    result = evaluate_files(samples, reference, judge)
-    if out is not None:
-        write_json(out, result)
-    print(json.dumps(result, indent=2))
 
 
 def report(directory: Path) -> None:

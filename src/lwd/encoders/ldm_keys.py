@@ -41,23 +41,33 @@ def ldm_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The arguments of diffusers' `AutoencoderKL` for a checkpoint in LDM's names, read off its shapes.
 
     Raises:
-        ValueError: tensors that such an autoencoder must have are missing.
+        ValueError: tensors that such an autoencoder must have are missing; embed_dim other than z_channels.
     """
-    needed = ("encoder.conv_in.weight", "encoder.conv_out.weight", "decoder.conv_in.weight", "decoder.conv_out.weight")
+    levels = _levels(state, "encoder.down")
+    needed = [f"{half}.{end}.weight" for half in ("encoder", "decoder") for end in ("conv_in", "conv_out")]
+    needed += [f"encoder.down.{level}.block.0.conv1.weight" for level in range(levels)]
+    needed += ["decoder.up.0.block.0.conv1.weight"]
     if missing := [key for key in needed if key not in state]:
-        raise ValueError(f"this is no checkpoint of an LDM autoencoder: it has no {', '.join(missing)}")
-    levels = 1 + max(int(found[1]) for key in state if (found := re.match(r"encoder\.down\.(\d+)\.", key)))
+        raise ValueError(f"this is no checkpoint of an LDM autoencoder: it has no {', '.join(missing[:8])}")
+    z_channels = state["decoder.conv_in.weight"].shape[1]
+    embed_dim = state["post_quant_conv.weight"].shape[1] if "post_quant_conv.weight" in state else z_channels
+    if embed_dim != z_channels:
+        raise ValueError(f"embed_dim {embed_dim} is not z_channels {z_channels}; diffusers has one number for both")
     blocks = 1 + max(int(found[1]) for key in state if (found := re.match(r"encoder\.down\.0\.block\.(\d+)\.", key)))
-    attention = [any(key.startswith(f"encoder.down.{level}.attn.") for key in state) for level in range(levels)]
     widths = [state[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
+    # The halves may differ: MAR's autoencoder has attention at the lowest level of its encoder only.
+    down, up = (
+        [any(key.startswith(f"{part}.{level}.attn.") for key in state) for level in range(levels)]
+        for part in ("encoder.down", "decoder.up")
+    )
     return {
         "in_channels": state["encoder.conv_in.weight"].shape[1],
         "out_channels": state["decoder.conv_out.weight"].shape[0],
-        "latent_channels": state["decoder.conv_in.weight"].shape[1],
+        "latent_channels": z_channels,
         "block_out_channels": widths,
         "layers_per_block": blocks,
-        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in attention],
-        "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(attention)],
+        "down_block_types": ["AttnDownEncoderBlock2D" if a else "DownEncoderBlock2D" for a in down],
+        "up_block_types": ["AttnUpDecoderBlock2D" if a else "UpDecoderBlock2D" for a in reversed(up)],
         "use_quant_conv": "quant_conv.weight" in state,
         "use_post_quant_conv": "post_quant_conv.weight" in state,
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in state,
@@ -66,7 +76,7 @@ def ldm_config(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`state` in diffusers' names and shapes: levels of the decoder count from the lowest, attention is linear."""
-    levels = 1 + max(int(found[1]) for key in state if (found := re.match(r"decoder\.up\.(\d+)\.", key)))
+    levels = _levels(state, "decoder.up")
     renamed = {}
     for key, value in state.items():
         name = re.sub(r"^decoder\.up\.(\d+)\.", lambda found: f"decoder.up.{levels - 1 - int(found[1])}.", key)
@@ -76,3 +86,7 @@ def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         flat = ".attentions." in name and value.ndim == 4
         renamed[name] = value.flatten(1) if flat else value
     return renamed
+
+
+def _levels(state: Mapping[str, Tensor], part: str) -> int:
+    return 1 + max((int(key.split(".")[2]) for key in state if re.match(rf"{part}\.\d+\.", key)), default=-1)

@@ -252,7 +252,7 @@ class LatentDataset:
                         f"{self._layout[key]}; {_remake(path)}"
                     )
                 self._starts[key][number] = begin + array.start
-        self._alignment = math.gcd(8, *torch.cat(list(self._starts.values())).unique().tolist())
+        self._alignment = math.gcd(4, *torch.cat(list(self._starts.values())).unique().tolist())
         for key, starts in self._starts.items():
             if (starts < 0).any():
                 path = self.directory / self.manifest["shards"][int((starts < 0).nonzero()[0])]["files"][0]["file"]

@@ -2,7 +2,7 @@
 
 from lwd.evaluation.distances import frechet_distance, inception_score
 from lwd.evaluation.features import FeatureExtractor, FunctionExtractor, ImageFeatures, extract_features
-from lwd.evaluation.images import ImageSource, open_images
+from lwd.evaluation.images import ImageSet, open_images
 from lwd.evaluation.inception import FIDInception, load_inception
 from lwd.evaluation.judge import Judge, train_judge
 from lwd.evaluation.neighbours import PrecisionRecall, precision_recall
@@ -19,7 +19,7 @@ __all__ = [
     "FeatureStatistics",
     "FunctionExtractor",
     "ImageFeatures",
-    "ImageSource",
+    "ImageSet",
     "Judge",
     "PrecisionRecall",
     "ProtocolSettings",

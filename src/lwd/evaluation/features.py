@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lwd.evaluation.images import ImageSource, open_images
+from lwd.evaluation.images import ImageSet, open_images
 from lwd.evaluation.statistics import FeatureStatistics
 from lwd.files import write_atomically
 
@@ -124,7 +124,7 @@ class ImageFeatures:
 
 
 def extract_features(
-    images: str | Path | Tensor | np.ndarray | ImageSource,
+    images: str | Path | Tensor | np.ndarray | ImageSet,
     extractor: FeatureExtractor,
     *,
     batch_size: int = 64,
@@ -180,7 +180,7 @@ def _cached(path: Path) -> ImageFeatures | None:
 
 
 def _extract(
-    source: ImageSource, extractor: FeatureExtractor, batch_size: int, progress: Progress | None
+    source: ImageSet, extractor: FeatureExtractor, batch_size: int, progress: Progress | None
 ) -> tuple[Tensor, Tensor | None, dict[str, FeatureStatistics]]:
     total, done = len(source), 0
     kept: dict[str, Tensor] = {}  # pool and logits of all images

@@ -19,7 +19,7 @@ _READERS = 4
 _CHUNK = 1 << 24
 
 
-class ImageSource(Protocol):
+class ImageSet(Protocol):
     """A set of equally large images in a fixed order.
 
     Attributes:
@@ -39,7 +39,7 @@ class ImageSource(Protocol):
         """Hash of the content and order; None where it is not known beforehand (then nothing is cached)."""
 
 
-def open_images(source: str | Path | Tensor | np.ndarray | ImageSource) -> ImageSource:
+def open_images(source: str | Path | Tensor | np.ndarray | ImageSet) -> ImageSet:
     """Images of a folder of PNGs, an npz (`arr_0`, or `images`), a tensor [N, C, H, W] or an array [N, H, W, C].
 
     Raises:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lwd.evaluation.distances import frechet_distance, inception_score
 from lwd.evaluation.features import FeatureExtractor, ImageFeatures, Progress, extract_features
-from lwd.evaluation.images import ImageSource
+from lwd.evaluation.images import ImageSet
 from lwd.evaluation.inception import NAME as INCEPTION
 from lwd.evaluation.inception import SHA256_PREFIX
 from lwd.evaluation.neighbours import Distances, half_distances_fit, precision_recall
@@ -100,7 +100,7 @@ class Evaluation:
 
 
 def score_images(
-    generated: str | Path | Tensor | np.ndarray | ImageSource | ImageFeatures,
+    generated: str | Path | Tensor | np.ndarray | ImageSet | ImageFeatures,
     reference: Any,
     extractor: FeatureExtractor,
     *,

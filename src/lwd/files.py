@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,9 @@ def sha256_of(path: str | Path) -> str:
     """The checksum of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def wait_for(paths: Sequence[Path]) -> None:
+    """Wait until another process has made all of `paths`."""
+    while not all(path.exists() for path in paths):
+        time.sleep(1)

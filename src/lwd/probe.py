@@ -17,7 +17,7 @@ from lwd.metrics import Watcher
 from lwd.objective import Jacobian, Reduction, schedule_objective
 from lwd.parallel import Precision, Trained, adamw, guarded_step, load_network_state, network_state
 from lwd.schedules import PolynomialSchedule
-from lwd.training import OptimizerConfig, by_time, check_groups, identity_of, logged, machine_use, mean_of, to_json
+from lwd.training import OptimizerConfig, backward_in_parts, check_groups, identity_of, machine_use, to_json
 
 COLLAPSE_DELAY = 0.8
 """A probe whose mean curve has at least this delay (see `delay`) counts as collapsed."""
@@ -168,29 +168,29 @@ class _Probe:
         self.averaged = 0
 
     def update(self, step: int) -> dict[str, Tensor]:
-        config, count = self.config, self.config.accumulate
+        config = self.config
         self.optimizer.param_groups[0]["lr"] = config.optimizer.lr * config.optimizer.factor(step, config.steps)
         self.optimizer.zero_grad(set_to_none=True)
-        rows = []
-        for number, part in enumerate(self.batches.draw(step).parts(count), start=1):
-            with self.forward.accumulating(last=number == count):
-                terms = schedule_objective(
-                    self.forward,
-                    self.schedule,
-                    self.data.spec,
-                    part.x0,
-                    part.x1,
-                    part.labels,
-                    part.tau,
-                    kinetic=config.kinetic,
-                    jacobian=config.jacobian,
-                    reduction=config.reduction,
-                    kinetic_reduction=config.kinetic_reduction,
-                )
-                (terms.total / count).backward()
-            metrics = {"loss": terms.total, "flow": terms.flow, "kinetic": terms.kinetic}
-            t = self.schedule(part.tau).t.detach()
-            rows.append(logged(metrics, terms.per_group, self.data.spec) | by_time(terms.per_group, t, self.data.spec))
+        metrics = backward_in_parts(
+            self.forward,
+            self.batches.draw(step),
+            config.accumulate,
+            self.schedule,
+            self.data.spec,
+            lambda part: schedule_objective(
+                self.forward,
+                self.schedule,
+                self.data.spec,
+                part.x0,
+                part.x1,
+                part.labels,
+                part.tau,
+                kinetic=config.kinetic,
+                jacobian=config.jacobian,
+                reduction=config.reduction,
+                kinetic_reduction=config.kinetic_reduction,
+            ),
+        )
         # The denoiser's gradients have been averaged over the processes in the backward pass, these few have not.
         if self.schedule.rho.grad is not None:
             distributed.mean_(self.schedule.rho.grad)
@@ -198,7 +198,7 @@ class _Probe:
         if step >= config.burn_in:
             self.rho_sum += self.schedule.rho.detach()
             self.averaged += 1
-        return mean_of(rows) | {"gradient_norm": norm}
+        return metrics | {"gradient_norm": norm}
 
     def mean_rho(self) -> Tensor:
         return (self.rho_sum / self.averaged).float().cpu()

@@ -15,12 +15,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lwd import distributed
-from lwd.batches import Batches, LatentSource
+from lwd.batches import Batches, LatentSource, TrainingBatch
 from lwd.files import write_atomically, write_json
 from lwd.latents import LatentSpec
 from lwd.loop import COUNT, Hook, run_job
 from lwd.metrics import Watcher
-from lwd.objective import Denoiser, Jacobian, Reduction, Repa, TimeDistribution, denoiser_objective
+from lwd.objective import (
+    Denoiser,
+    DenoiserTerms,
+    Jacobian,
+    Reduction,
+    Repa,
+    ScheduleTerms,
+    TimeDistribution,
+    denoiser_objective,
+)
 from lwd.parallel import (
     Average,
     Parallel,
@@ -244,37 +253,37 @@ class _Training:
         )
 
     def update(self, step: int) -> dict[str, Tensor]:
-        config, count = self.config, self.config.accumulate
+        config = self.config
         for group in self.optimizer.param_groups:
             group["lr"] = config.optimizer.lr * config.optimizer.factor(step, config.steps)
         self.optimizer.zero_grad(set_to_none=True)
-        rows = []
-        for number, part in enumerate(self.batches.draw(step, config.tau).parts(count), start=1):
-            with self.forward.accumulating(last=number == count):
-                terms = denoiser_objective(
-                    self.forward,
-                    self.schedule,
-                    self.data.spec,
-                    part.x0,
-                    part.x1,
-                    part.labels,
-                    part.tau,
-                    features=part.features,
-                    cosine=config.cosine,
-                    repa=config.repa,
-                    repa_loss=config.repa_loss,
-                    jacobian=config.jacobian,
-                    reduction=config.reduction,
-                )
-                (terms.total / count).backward()
-            metrics = {"loss": terms.total, "flow": terms.flow, "cosine": terms.cosine, "repa": terms.repa}
-            t = self.schedule(part.tau).t
-            rows.append(logged(metrics, terms.per_group, self.data.spec) | by_time(terms.per_group, t, self.data.spec))
+        metrics = backward_in_parts(
+            self.forward,
+            self.batches.draw(step, config.tau),
+            config.accumulate,
+            self.schedule,
+            self.data.spec,
+            lambda part: denoiser_objective(
+                self.forward,
+                self.schedule,
+                self.data.spec,
+                part.x0,
+                part.x1,
+                part.labels,
+                part.tau,
+                features=part.features,
+                cosine=config.cosine,
+                repa=config.repa,
+                repa_loss=config.repa_loss,
+                jacobian=config.jacobian,
+                reduction=config.reduction,
+            ),
+        )
         norm = guarded_step(self.optimizer)
         self.average.update()
         if step + 1 in config.snapshots and self.directory is not None:
             self.save_average(self.directory / "snapshots" / f"{step + 1:08}.safetensors")
-        return mean_of(rows) | {"gradient_norm": norm}
+        return metrics | {"gradient_norm": norm}
 
     def describe(self) -> dict[str, Any]:
         return machine_use(self.batches, self.device)
@@ -341,8 +350,25 @@ def by_time(per_group: Tensor, t: Tensor, spec: LatentSpec) -> dict[str, Tensor]
     return result
 
 
-def mean_of(rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """The metrics of a batch from those of its equal parts."""
+def backward_in_parts(
+    forward: Trained,
+    batch: TrainingBatch,
+    count: int,
+    schedule: Schedule,
+    spec: LatentSpec,
+    objective: Callable[[TrainingBatch], ScheduleTerms | DenoiserTerms],
+) -> dict[str, Tensor]:
+    """Accumulate the gradients of `objective` over `count` equal parts of `batch`; returns the metrics of all of it."""
+    rows = []
+    for number, part in enumerate(batch.parts(count), start=1):
+        with forward.accumulating(last=number == count):
+            terms = objective(part)
+            (terms.total / count).backward()
+        named = {field.name: getattr(terms, field.name) for field in dataclasses.fields(terms)}
+        per_group = named.pop("per_group")
+        with torch.no_grad():
+            t = schedule(part.tau).t
+        rows.append(logged({"loss": named.pop("total"), **named}, per_group, spec) | by_time(per_group, t, spec))
     return {name: torch.stack([row[name] for row in rows]).mean(dim=0) for name in rows[0]}
 
 

@@ -251,11 +251,10 @@ def _fitted_pca(
     share: Share,
 ) -> Projection:
     """The PCA of the set in `out`: the one it has, or a new one, which the first process fits while the others wait."""
-    import time
-
     from lwd.data.fit import fit_pca
     from lwd.encoders.choose import default_pca_path
     from lwd.encoders.pca import PCA
+    from lwd.files import wait_for
     from lwd.progress import counting
 
     path = default_pca_path(out)
@@ -264,8 +263,7 @@ def _fitted_pca(
             source, features.network, channels, config.reading, images=images, seed=config.seed,
             progress=counting("fit PCA", "image"),
         ).save(path)  # fmt: skip
-    while not path.exists():
-        time.sleep(1)
+    wait_for([path])
     pca = PCA.load(path)
     if pca.channels != channels:
         raise ValueError(f"{path} has {pca.channels} components, not {channels}; choose another --out, or delete it")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -58,6 +58,7 @@ def probe(
 
     from lwd import distributed
     from lwd.data.sharding import Share
+    from lwd.files import wait_for
     from lwd.recipes import get_recipe
     from lwd.runs import default_compile, default_precision, initial_denoiser, own_device, write_run_config
     from lwd.sweep import bisect_kinetic, sweep_kinetic
@@ -71,7 +72,7 @@ def probe(
         raise ValueError("a bisection goes from one value to the next; it cannot be split over processes")
     values = sorted(set(kinetic or chosen.kinetics))
     share = Share.from_environment()
-    with _no_processes() if split else distributed.joined(), _memory_advice():
+    with nullcontext() if split else distributed.joined(), _memory_advice():
         where = own_device(device)
         config = replace(
             chosen.probe,
@@ -97,7 +98,7 @@ def probe(
                 sweep_over(own)
             if not main:
                 return
-            _wait_for([out / f"lambda-{value:g}" / "schedule.json" for value in values])
+            wait_for([out / f"lambda-{value:g}" / "schedule.json" for value in values])
         if bisect:
             if len(values) < 2:
                 raise ValueError("a bisection needs two values of lambda: --kinetic LOW HIGH")
@@ -291,19 +292,6 @@ def _memory_advice() -> Iterator[None]:
             "keeps those of N blocks fewer, both without changing the training; for weights and optimizer that do not "
             f"fit, use more processes with --parallel fsdp. ({str(error).splitlines()[0]})"
         ) from error
-
-
-@contextmanager
-def _no_processes() -> Iterator[None]:
-    """Each process on its own, though torchrun started several."""
-    yield
-
-
-def _wait_for(paths: list[Path]) -> None:
-    import time
-
-    while not all(path.exists() for path in paths):
-        time.sleep(1)
 
 
 def _conclude(sweep: Sweep, out: Path, burn_in: int) -> None:

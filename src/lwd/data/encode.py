@@ -163,7 +163,8 @@ class Encoding:
         arrays, _ = self.arrays(indices, images)
         seconds = time.perf_counter() - start
         per_image = sum(Row(array.dtype, tuple(array.shape[1:])).bytes for array in arrays.values())
-        remaining = sum(len(plan.indices) for plan in self.own_shards if Record.load(self.directory, plan) is None)
+        missing = {plan.file: len(plan.indices) for plan in self.shards if Record.load(self.directory, plan) is None}
+        remaining = sum(missing.get(plan.file, 0) for plan in self.own_shards)
         self.directory.mkdir(parents=True, exist_ok=True)
         # A shard in parts, the same put together and the last one being written; and the pixels read ahead.
         buffers = 3 * self.config.shard_size * per_image + 5 * self.config.batch * images[0].numel()
@@ -179,7 +180,7 @@ class Encoding:
             device_memory=torch.cuda.max_memory_allocated() if on_gpu else 0,
             free=shutil.disk_usage(self.directory).free,
         )
-        needed = sum(len(p.indices) for p in self.shards if Record.load(self.directory, p) is None) * per_image
+        needed = sum(missing.values()) * per_image
         if needed > result.free:
             raise OSError(
                 f"the latents still to be written need {needed / 1e9:.1f} GB, but {self.directory} has only "

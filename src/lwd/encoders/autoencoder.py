@@ -10,18 +10,18 @@ import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
+from lwd.encoders.composite import Posterior
 from lwd.encoders.ldm_keys import OTHERS, is_ldm, ldm_config, to_diffusers
 from lwd.files import read_json, sha256_of, write_atomically, write_json
 
 LOG_VARIANCE = (-30.0, 20.0)
 """Bounds of the posterior's log-variance, as in LDM."""
 
-Posterior = Literal["sample", "mean"]
 
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 """The files in which diffusers looks for weights, in its order."""

@@ -14,6 +14,7 @@ from lwd.encoders.composite import (
     CompositeEncoder,
     FeatureNetwork,
     GroupEncoder,
+    Posterior,
     ProjectedFeatures,
     Projection,
     SharedFeatures,
@@ -22,7 +23,6 @@ from lwd.encoders.efficientnet import EfficientNetMaps
 from lwd.encoders.pca import PCA
 from lwd.encoders.pixels import PixelPatches
 
-Posterior = Literal["sample", "mean"]
 Precision = Literal["float32", "bf16"]
 
 

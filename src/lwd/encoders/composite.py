@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from lwd.latents import Group, LatentSpec
+
+Posterior = Literal["sample", "mean"]
+"""Whether latents are samples from an encoder's posterior or its means."""
 
 
 class GroupEncoder(Protocol):

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -20,10 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lwd.encoders.composite import Posterior
 from lwd.files import read_json, sha256_of, write_atomically, write_json
 from lwd.randomness import stream
-
-Posterior = Literal["sample", "mean"]
 
 PUBLISHED_HEADS = 6
 LOGVAR_RANGE = (-30.0, 20.0)

@@ -80,9 +80,7 @@ def save_panels(panels: Sequence[Panel], path: Path, labels: Sequence[str]) -> P
         figure = Figure(figsize=(6.7 * len(panels), 4.6), layout="constrained", facecolor=PAPER)
         for axes, shown in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             axes.set_facecolor(PAPER)
-            axes.set_title(shown.title, loc="left", fontsize=12.5, color=MUTED, pad=12)
-            axes.set_xlabel(shown.xlabel, labelpad=6)
-            shown.draw(axes)
+            _draw(axes, shown)
         lines = figure.axes[0].lines[-len(labels) :]
         figure.legend(lines, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         return write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
@@ -106,11 +104,14 @@ def panel(draw: Callable[[Any], None], title: str, xlabel: str, *, width: int = 
         raise ImportError('the report needs matplotlib: pip install "lwd[demo]"') from error
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
-        axes = figure.subplots()
-        axes.set_title(title, loc="left", fontsize=12.5, color=MUTED, pad=12)
-        axes.set_xlabel(xlabel, labelpad=6)
-        draw(axes)
+        _draw(figure.subplots(), Panel(draw, title, xlabel))
         return _to_svg(figure, f"{title}, against {xlabel}")
+
+
+def _draw(axes: Any, shown: Panel) -> None:
+    axes.set_title(shown.title, loc="left", fontsize=12.5, color=MUTED, pad=12)
+    axes.set_xlabel(shown.xlabel, labelpad=6)
+    shown.draw(axes)
 
 
 def _to_svg(figure: Any, label: str) -> str:

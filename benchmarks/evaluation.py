@@ -21,7 +21,7 @@ import torch
 from lwd.evaluation import FeatureStatistics, FunctionExtractor, ImageFeatures, frechet_distance, score_images
 from lwd.evaluation.neighbours import precision_recall
 from lwd.files import write_json
-from lwd.runs import describe_machine, describe_versions
+from lwd.machine import describe_machine, describe_versions
 
 OUTPUT = Path(__file__).parent / "results" / "evaluation.json"
 

@@ -21,7 +21,7 @@ import torch
 
 from lwd.evaluation import FeatureStatistics, frechet_distance
 from lwd.files import write_json
-from lwd.runs import describe_machine, describe_versions
+from lwd.machine import describe_machine, describe_versions
 
 OUTPUT = Path(__file__).parent / "results" / "frechet_distance.json"
 

@@ -29,7 +29,7 @@ from lwd.data import BatchOrder, LatentDataset
 from lwd.data.loader import BatchLoader
 from lwd.data.quantize import quantize
 from lwd.files import write_json
-from lwd.runs import describe_machine, describe_versions
+from lwd.machine import describe_machine, describe_versions
 
 BATCH = 256
 PER_SHARD = 1000

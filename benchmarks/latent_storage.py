@@ -22,7 +22,7 @@ from lwd.data.quantize import dequantize, quantize
 from lwd.encoders import PCAFit, PixelPatches
 from lwd.encoders.efficientnet import EfficientNetMaps
 from lwd.files import write_json
-from lwd.runs import describe_machine, describe_versions
+from lwd.machine import describe_machine, describe_versions
 
 IMAGES = 1_281_167
 VIEWS = 2

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from lwd import IMAGENET_SPEC, LightningDiT, lightningdit_config
 from lwd.backbones import lightningdit
 from lwd.files import write_json
-from lwd.runs import describe_machine, describe_versions
+from lwd.machine import describe_machine, describe_versions
 
 
 def main() -> None:

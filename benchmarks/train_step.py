@@ -26,10 +26,10 @@ from lwd.batches import Batches
 from lwd.cost import activation_bytes, forward_flops, state_bytes
 from lwd.data import TensorLatents
 from lwd.files import write_json
+from lwd.machine import default_precision, describe_machine, describe_versions, pick_device
 from lwd.objective import denoiser_objective
 from lwd.parallel import Trained, adamw
 from lwd.probe import _Probe
-from lwd.runs import default_precision, describe_machine, describe_versions, pick_device
 from lwd.training import _Training
 
 

@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 from lwd import demo as demo_module
 from lwd.data import embedded
 from lwd.demo import Demo, DemoConfig
-from lwd.runs import pick_device
+from lwd.machine import pick_device
 
 
 @pytest.fixture

@@ -187,10 +187,10 @@ def test_other_settings_do_not_mix_with_what_is_there(folder, tmp_path):
     source = FolderImages(folder)
     Encoding(source, make_encoder(), CONFIG, tmp_path / "set").run()
     other = EncodeConfig(size=16, shard_size=4, batch=5, workers=1, dtype="bfloat16")
-    with pytest.raises(ValueError, match=r"other settings:\s+config: dtype: 'float32' there, 'bfloat16' now"):
+    with pytest.raises(ValueError, match=r"other settings:\s+config\.dtype: 'float32' there, 'bfloat16' now"):
         Encoding(source, make_encoder(), other, tmp_path / "set").run()
     (folder / "dog" / "10.png").unlink()
-    with pytest.raises(ValueError, match=r"images: count: 11 there, 10 now"):
+    with pytest.raises(ValueError, match=r"images\.count: 11 there, 10 now"):
         Encoding(FolderImages(folder), make_encoder(), CONFIG, tmp_path / "set").run()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lwd import AutoGuidance, ClassifierFreeGuidance, Group, LatentSpec, LightningDiT
+from lwd import AutoGuidance, ClassifierFreeGuidance, Group, LatentSpec, LightningDiT, ScaleCurve
 
 SPEC = LatentSpec([Group("texture", 2), Group("semantic", 1)])
 Z = torch.zeros(2, 3, 1, 1)
@@ -72,6 +72,46 @@ def test_interval_is_in_the_local_time_of_each_group():
     v = AutoGuidance(Fake(3.0), weak, 1.5, interval=(0.3, 0.4), spec=SPEC)(Z, T, LABELS)
     assert channels(v) == [[3.0] * 3] * 2
     assert weak.calls == []
+
+
+def test_one_interval_per_group():
+    """Texture guided from 0 to 0.3, semantic from 0.8 to 1."""
+    v = AutoGuidance(Fake(3.0), Fake(1.0), 1.5, interval=[(0.0, 0.3), (0.8, 1.0)], spec=SPEC)(Z, T, LABELS)
+    assert channels(v) == [[4.0, 4.0, 3.0], [3.0, 3.0, 4.0]]
+    with pytest.raises(ValueError, match="3 intervals for 2 groups"):
+        AutoGuidance(Fake(3.0), Fake(1.0), 1.5, interval=[(0.0, 0.3)] * 3, spec=SPEC)(Z, T, LABELS)
+
+
+def test_scale_along_global_time():
+    """1 until tau = 0.2, then rising to 2 at 0.6, then flat; and per group."""
+    curve = ScaleCurve([0.2, 0.6], [1.0, 2.0])
+    tau = torch.tensor([0.0, 0.2, 0.3, 0.5, 0.6, 1.0], dtype=torch.float64)
+    assert curve(tau)[:, 0].tolist() == pytest.approx([1.0, 1.0, 1.25, 1.75, 2.0, 2.0])
+    assert ScaleCurve([0.5], [3.0])(tau)[:, 0].tolist() == [3.0] * 6
+    v = AutoGuidance(Fake(3.0), Fake(1.0), curve)(Z, T, LABELS, tau=torch.tensor([0.4, 0.6]))
+    assert channels(v) == [[pytest.approx(4.0)] * 3, [pytest.approx(5.0)] * 3]  # 1 + 1.5 * 2, 1 + 2 * 2
+    groups = ScaleCurve([0.0, 1.0], [[1.0, 2.0], [3.0, 2.0]])
+    v = ClassifierFreeGuidance(Fake(), groups, NULL, spec=SPEC)(Z, T, LABELS, tau=torch.tensor([0.0, 0.5]))
+    assert channels(v) == [[3.0, 3.0, -4.0], [0.0, 0.0, 0.0]]  # 10 + w (label - 10), w = (1, 2) and (2, 2)
+    assert groups.to_dict() == {"tau": [0.0, 1.0], "scale": [[1.0, 2.0], [3.0, 2.0]]}
+
+
+def test_the_weak_model_rests_while_a_varying_scale_is_one():
+    weak = Fake(1.0)
+    guided = AutoGuidance(Fake(3.0), weak, ScaleCurve([0.5, 0.6], [1.0, 2.0]))
+    assert guided.needs_tau
+    assert channels(guided(Z, T, LABELS, tau=torch.tensor([0.1, 0.5]))) == [[3.0] * 3] * 2
+    assert weak.calls == []
+
+
+def test_errors_of_a_scale_curve():
+    for tau in ([0.5, 0.5], [0.6, 0.5], [-0.1, 0.5], [0.5, 1.5], []):
+        with pytest.raises(ValueError, match="global times that increase"):
+            ScaleCurve(tau, [1.0] * len(tau))
+    with pytest.raises(ValueError, match="2 knots need as many finite guidance scales"):
+        ScaleCurve([0.0, 1.0], [1.0])
+    with pytest.raises(ValueError, match="varies along global time: call it with tau="):
+        AutoGuidance(Fake(3.0), Fake(1.0), ScaleCurve([0.0], [2.0]))(Z, T, LABELS)
 
 
 def test_classifier_free_guidance_takes_both_in_one_batch():

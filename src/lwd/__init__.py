@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lwd.backbones import LightningDiT, LightningDiTConfig, lightningdit_config
-    from lwd.guidance import AutoGuidance, ClassifierFreeGuidance
+    from lwd.guidance import AutoGuidance, ClassifierFreeGuidance, ScaleCurve
     from lwd.interpolant import global_velocity, interpolate, target_velocity
     from lwd.latents import IMAGENET_SPEC, Group, LatentSpec, Normalization
     from lwd.objective import DenoiserTerms, ScheduleTerms, denoiser_objective, sample_tau, schedule_objective
+    from lwd.pipeline import Pipeline, PipelineOutput
     from lwd.probe import LearnedSchedule, ProbeConfig, learn_schedule
     from lwd.sampling import SampleResult, sample, seeded_noise
     from lwd.schedules import (
@@ -32,10 +33,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "lwd.backbones": ("LightningDiT", "LightningDiTConfig", "lightningdit_config"),
-    "lwd.guidance": ("AutoGuidance", "ClassifierFreeGuidance"),
+    "lwd.guidance": ("AutoGuidance", "ClassifierFreeGuidance", "ScaleCurve"),
     "lwd.interpolant": ("global_velocity", "interpolate", "target_velocity"),
     "lwd.latents": ("IMAGENET_SPEC", "Group", "LatentSpec", "Normalization"),
     "lwd.objective": ("DenoiserTerms", "ScheduleTerms", "denoiser_objective", "sample_tau", "schedule_objective"),
+    "lwd.pipeline": ("Pipeline", "PipelineOutput"),
     "lwd.probe": ("LearnedSchedule", "ProbeConfig", "learn_schedule"),
     "lwd.sampling": ("SampleResult", "sample", "seeded_noise"),
     "lwd.schedules": (
@@ -53,7 +55,7 @@ _HOMES = {
     "lwd.training": ("OptimizerConfig", "TrainConfig", "TrainResult", "train"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
-_SUBPACKAGES = ("backbones", "data", "encoders", "evaluation", "report")
+_SUBPACKAGES = ("backbones", "data", "encoders", "evaluation", "generation", "report")
 
 __all__ = [
     "IMAGENET_SPEC",
@@ -71,9 +73,12 @@ __all__ = [
     "OffsetSchedule",
     "OptimizerConfig",
     "PiecewiseLinearSchedule",
+    "Pipeline",
+    "PipelineOutput",
     "PolynomialSchedule",
     "ProbeConfig",
     "SampleResult",
+    "ScaleCurve",
     "Schedule",
     "ScheduleTerms",
     "ShiftedSchedule",

@@ -28,19 +28,14 @@ from lwd.data.embedded import CLASS_NAMES, encode_embedded, load_embedded_images
 from lwd.encoders.efficientnet import EfficientNetFeatures
 from lwd.evaluation import Judge, evaluate_images, reference_features, train_judge
 from lwd.files import read_json, write_json
-from lwd.generation import DrawnImages, channels_last, draw_images, image_seed, save_npz
+from lwd.generation import DrawnImages, SampleConfig, channels_last, draw_images, image_seed, save_npz
+from lwd.machine import default_precision, pick_device
+from lwd.pipeline import DEFAULT_SCALE, Pipeline
 from lwd.progress import counting, duration
 from lwd.randomness import derived_seed
 from lwd.recipes import Recipe, get_recipe, make_schedule
 from lwd.report import write_report
-from lwd.runs import (
-    TrainedRun,
-    default_precision,
-    initial_denoiser,
-    load_run,
-    pick_device,
-    write_run_config,
-)
+from lwd.runs import initial_denoiser, write_run_config
 from lwd.sampling import sample, seeded_noise
 from lwd.schedules import Schedule
 from lwd.sweep import Sweep, sweep_kinetic
@@ -58,8 +53,6 @@ RECIPE_OF = {
     "synchronous": "embedded-synchronous",
     "weak": "embedded-weak",
 }
-GUIDANCE_SCALE = 1.5
-"""As the paper's for its 80- and 200-epoch models."""
 TRAJECTORY_IMAGE = 8
 """Which image of the judged sets is shown on its way."""
 
@@ -145,7 +138,7 @@ class Demo:
             "train": asdict(learned.train),
             "weak backbone": weak.backbone.to_dict(),
             "weak train": asdict(weak.train),
-            "guidance": {"scale": GUIDANCE_SCALE},
+            "guidance": {"scale": DEFAULT_SCALE},
             "data": {"name": "Fashion-MNIST, embedded part", "class_names": list(CLASS_NAMES)},
         }
         settings = json.loads(json.dumps(settings))
@@ -203,24 +196,14 @@ class Demo:
             title=f"train {arm}",
         )
 
-    def load(self, arm: str, snapshot: int | None = None) -> TrainedRun:
-        return load_run(self.directory / "train" / arm, self.device, snapshot=snapshot, precision=self.config.precision)
+    def load(self, arm: str, snapshot: int | None = None) -> Pipeline:
+        source, precision = self.directory / "train" / arm, self.config.precision
+        return Pipeline.from_pretrained(source, step=snapshot, device=self.device, precision=precision)
 
-    def draw(
-        self, run: TrainedRun, title: str, *, steps: int | None = None, weak: TrainedRun | None = None
-    ) -> DrawnImages:
+    def draw(self, pipeline: Pipeline, title: str, *, steps: int | None = None) -> DrawnImages:
         """One judged set; image i has the same noise and class in every set."""
-        return draw_images(
-            run,
-            count=self.config.scaled_images,
-            device=self.device,
-            weak=weak,
-            scale=GUIDANCE_SCALE,
-            solver=self.config.solver,
-            steps=steps or self.config.steps,
-            seed=self.config.seed,
-            title=title,
-        )
+        config = SampleConfig(solver=self.config.solver, steps=steps or self.config.steps, seed=self.config.seed)
+        return draw_images(pipeline, config, count=self.config.scaled_images, title=title)
 
     def judge_arm(self, arm: str, schedule: Schedule) -> dict[str, Any]:
         """Samples of one arm, judged: at the end, at its snapshots and at other numbers of evaluations."""
@@ -231,14 +214,16 @@ class Demo:
         guided = arm == "autoguidance"
         source = "learned" if guided else arm
         run, recipe = self.load(source), self.recipes[source].train
-        drawn = self.draw(run, f"sample {arm}", weak=self.load("weak") if guided else None)
+        if guided:
+            run.add_weak(self.load("weak"))
+        drawn = self.draw(run, f"sample {arm}")
         save_npz(self.directory / "samples" / f"{arm}.npz", images=drawn.images.numpy(), labels=drawn.labels.numpy())
         final = self.judges.judge(drawn.images, drawn.labels)
         evaluations = {"evaluations": int(drawn.evaluations.max()), "solver": self.config.solver}
         summary: dict[str, Any] = {
             "title": TITLES[arm],
             "schedule": schedule.to_dict(),
-            "guidance": GUIDANCE_SCALE if guided else None,
+            "guidance": DEFAULT_SCALE if guided else None,
             "final": final | evaluations,
             "by_step": [],
             "by_evaluations": [],
@@ -268,7 +253,7 @@ class Demo:
         taus = [0.0, 0.15, 0.3, 0.45, 0.6, 0.75, 0.9, 1.0]
         run, index = self.load("learned"), TRAJECTORY_IMAGE
         spec, label = run.spec, index % run.config.num_classes
-        noise = seeded_noise([image_seed(self.config.seed, index)], (spec.channels, *run.grid), self.device)
+        noise = seeded_noise([image_seed(self.config.seed, index)], run.latent_shape, self.device)
         labels = torch.tensor([label], device=self.device)
         result = sample(run.denoiser, run.schedule, noise, labels, solver="heun", steps=40, record=taus, spec=spec)
         t = run.schedule(torch.tensor(taus, device=self.device)).t
@@ -276,8 +261,8 @@ class Demo:
         for state, t_tau in zip(result.states, t[:, None], strict=True):
             # x1 = z + (1 - t) u (Eq. 4), with the predicted velocity for u.
             predicted = state + spec.expand(1 - t_tau) * run.denoiser(state, t_tau, labels).float()
-            rows["texture"].append(channels_last(run.decode(state))[0])
-            rows["predicted"].append(channels_last(run.decode(predicted))[0])
+            rows["texture"].append(channels_last(run.decode(state).cpu())[0])
+            rows["predicted"].append(channels_last(run.decode(predicted).cpu())[0])
             # The semantic channels are normalised principal components: the first three as red, green and blue.
             semantic = spec.split(state)[1][0, :3].permute(1, 2, 0).float().cpu()
             rows["semantic"].append((127.5 + 51 * semantic).clamp(0, 255).to(torch.uint8))

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,28 @@ def read_json(path: str | Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable JSON ({error}); it may be truncated. Make it again.") from error
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], place: str = "there", prefix: str = "") -> list[str]:
+    """Where two nested settings differ, a line each: ``train.seed: 0 there, 1 now``.
+
+    Args:
+        there: what was found, read from JSON; `place` says where.
+        here: what is asked for now.
+    """
+    found = []
+    for key in sorted(there.keys() | here.keys()):
+        a, b = there.get(key, "absent"), here.get(key, "absent")
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, place, f"{prefix}{key}.")
+        elif a != (list(b) if isinstance(b, tuple) else b):
+            found.append(f"{prefix}{key}: {_short(a)} {place}, {_short(b)} now")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def sha256_of(path: str | Path) -> str:

@@ -11,10 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from lwd.files import read_json
+from lwd.hub import directory_of
 
 
 @dataclass(frozen=True)
@@ -241,3 +245,16 @@ class Normalization:
     @classmethod
     def from_dict(cls, data: dict[str, Sequence[float]]) -> Normalization:
         return cls(tuple(data["mean"]), tuple(data["std"]))
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path) -> Normalization:
+        """The statistics kept with a latent set, a run or a saved pipeline: a directory, or a name on the hub.
+
+        Raises:
+            FileNotFoundError: no such directory, or none that keeps statistics.
+        """
+        directory = directory_of(source, ["latents.json", "manifest.json"], "directory with statistics of latents")
+        for name in ("latents.json", "manifest.json"):
+            if (directory / name).is_file():
+                return cls.from_dict(read_json(directory / name)["normalization"])
+        raise FileNotFoundError(f"{directory} keeps no statistics of latents: neither latents.json nor manifest.json")

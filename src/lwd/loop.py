@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lwd import distributed
 from lwd.checkpoints import Checkpoints
+from lwd.files import differences
 from lwd.metrics import MetricsLog, Watcher
 from lwd.progress import Progress
 
@@ -205,30 +206,14 @@ def _resume(
         return 0, distributed.from_main(log.resume(0)), []
     step = steps[-1]
     meta = distributed.from_main(checkpoints.meta(step))
-    if differences := _differences(meta["identity"], identity):
+    if changed := differences(meta["identity"], identity, "in the checkpoint"):
         raise ValueError(
             f"{checkpoints.path(step)} was made with other settings; continue with the same ones or choose another "
-            "directory:\n  " + "\n  ".join(differences)
+            "directory:\n  " + "\n  ".join(changed)
         )
     job.load_state_dict(checkpoints.load(step, job.state_dict()))
     pending = [{name: torch.tensor(value) for name, value in row.items()} for row in meta["pending"]]
     return step, distributed.from_main(log.resume(step)), pending
-
-
-def _differences(saved: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted(saved.keys() | current.keys()):
-        a, b = saved.get(key, "absent"), current.get(key, "absent")
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key}: {_short(a)} in the checkpoint, {_short(b)} now")
-    return found
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _require_finite(rows: list[dict[str, Tensor]], done: int, job: Job, skip: bool) -> int:

@@ -1,32 +1,17 @@
-"""What runs have in common: the device, the notes they keep about themselves, a trained run read back."""
+"""The machine: which device to use, what it is good at, and how records describe it."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
 import platform
 import shutil
-import sys
-import time
-from dataclasses import dataclass
-from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lwd import distributed
-from lwd.backbones import LightningDiT, LightningDiTConfig
-from lwd.encoders.choose import Decoder, decoder
-from lwd.files import read_json, write_json
-from lwd.latents import LatentSpec, Normalization
-from lwd.objective import Denoiser
-from lwd.parallel import Precision, autocast
-from lwd.randomness import derived_seed
-from lwd.schedules import Schedule, load_schedule
+from lwd.parallel import Precision
 
 
 def pick_device(name: str = "auto") -> torch.device:
@@ -65,112 +50,6 @@ def default_precision(device: torch.device) -> Precision:
     # A CPU without bf16 instructions emulates them, slower than float32.
     flags = _cpu_flags()
     return "bf16" if device.type == "cpu" and flags & {"avx512_bf16", "amx_bf16", "bf16"} else "float32"
-
-
-def initial_denoiser(backbone: LightningDiTConfig, seed: int) -> LightningDiT:
-    """A fresh network whose weights depend on the seed alone."""
-    torch.manual_seed(derived_seed(seed, "weights"))
-    return LightningDiT(backbone)
-
-
-def write_run_config(directory: Path, device: torch.device, **settings: Any) -> None:
-    """``config.json``: command, settings, machine, versions; written by the first process."""
-    if distributed.rank() != 0:
-        return
-    plain = {
-        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
-        for name, value in settings.items()
-    }
-    described = {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "machine": describe_machine(device),
-        "versions": describe_versions(),
-        "settings": plain,
-    }
-    write_json(directory / "config.json", json.loads(json.dumps(described)))
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """A trained denoiser with everything that sampling from it needs."""
-
-    denoiser: Denoiser
-    config: LightningDiTConfig
-    parameters: int
-    schedule: Schedule
-    normalization: Normalization
-    encoders: dict[str, Any]
-
-    @property
-    def spec(self) -> LatentSpec:
-        return self.config.spec
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        return self.config.input_size, self.config.input_size
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images uint8 [N, c, H, W] from normalised composite latents, by the texture group's decoder."""
-        return decode_texture(latents, self.spec, self.normalization, self.encoders)
-
-
-def load_run(
-    directory: Path, device: torch.device, *, snapshot: int | None = None, precision: Precision | None = None
-) -> TrainedRun:
-    """What `lwd train` left in `directory`, or the averaged weights it kept after step `snapshot`.
-
-    Raises:
-        FileNotFoundError: no finished run there, or no such snapshot.
-        ValueError: a damaged file; a schedule for other groups than the network's.
-    """
-    if not (directory / "model" / "config.json").exists():
-        raise FileNotFoundError(f"{directory} holds no finished run (no model/); train it with `lwd train`")
-    model = LightningDiT.from_pretrained(directory / "model")
-    if snapshot is not None:
-        from safetensors.torch import load_file
-
-        path = directory / "snapshots" / f"{snapshot:08}.safetensors"
-        if not path.exists():
-            kept = sorted(int(file.stem) for file in path.parent.glob("*.safetensors"))
-            raise FileNotFoundError(f"{directory} kept no snapshot of step {snapshot}, only of {kept}")
-        model.load_state_dict(load_file(path), strict=False)
-    model = model.to(device)
-    latents = read_json(directory / "latents.json")
-    return TrainedRun(
-        denoiser=_inference(model, device, precision or default_precision(device)),
-        config=model.config,
-        parameters=sum(p.numel() for p in model.parameters()),
-        schedule=load_schedule(directory / "schedule.json", model.spec.names).frozen().to(device),
-        normalization=Normalization.from_dict(latents["normalization"]),
-        encoders=latents["encoders"],
-    )
-
-
-def _inference(model: LightningDiT, device: torch.device, precision: Precision) -> Denoiser:
-    class Inference:
-        spec, null_label = model.spec, model.null_label
-
-        def __call__(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-            with torch.no_grad(), autocast(precision, device):
-                return model(z, t, labels)
-
-    return Inference()
-
-
-def decode_texture(latents: Tensor, spec: LatentSpec, normalization: Normalization, encoders: dict[str, Any]) -> Tensor:
-    """Images uint8 [N, c, H, W] from normalised composite latents.
-
-    Raises:
-        ValueError: the texture group's encoder is one that cannot be decoded.
-    """
-    texture = spec.split(normalization.denormalize(latents.float()))[0]
-    return _decoder(json.dumps(encoders.get(spec.names[0], {})), latents.device).decode(texture).cpu()
-
-
-@lru_cache(maxsize=2)
-def _decoder(description: str, device: torch.device) -> Decoder:
-    return decoder(json.loads(description), device)
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:

@@ -148,7 +148,12 @@ class _GlobalFlow:
         def velocity(tau: Tensor, z: Tensor, rows: Tensor | None) -> Tensor:
             t = self.schedule.local_times(tau).t.to(z.dtype)
             dt = self.schedule.local_times(tau.clamp(start + margin, end - margin)).dt.to(z.dtype)
-            v = self.denoiser(z, t, labels if rows is None else labels[rows])
+            here = labels if rows is None else labels[rows]
+            # Only a guidance whose scale varies along global time asks for it.
+            if getattr(self.denoiser, "needs_tau", False):
+                v = self.denoiser(z, t, here, tau=tau.to(z.dtype))  # type: ignore[call-arg]
+            else:
+                v = self.denoiser(z, t, here)
             if v.shape != z.shape:
                 raise ValueError(f"the denoiser returned {tuple(v.shape)} for a state of {tuple(z.shape)}")
             if self.on_evaluation is not None:

@@ -158,7 +158,8 @@ def load_schedule(path: str | Path, groups: Sequence[str] | None = None) -> Sche
     """Read a schedule file.
 
     Args:
-        path: a file written by `Schedule.save`.
+        path: a file written by `Schedule.save`; a directory with a ``schedule.json``, such as a run's; or the name of
+            a repository on the Hugging Face hub that has one.
         groups: the group names the caller works with; checked against the file when given.
 
     Raises:
@@ -166,7 +167,12 @@ def load_schedule(path: str | Path, groups: Sequence[str] | None = None) -> Sche
         ValueError: truncated or not a schedule, unknown kind, a curve that is not monotone from 0 to 1, or other
             groups than asked for.
     """
-    schedule = schedule_from_dict(read_json(path), str(path))
+    file = Path(path)
+    if not file.is_file():
+        from lwd.hub import directory_of
+
+        file = directory_of(path, ["schedule.json"], "schedule file") / "schedule.json"
+    schedule = schedule_from_dict(read_json(file), str(file))
     if groups is not None and tuple(groups) != schedule.names:
         raise ValueError(
             f"{path} schedules {schedule.groups} groups {schedule.names}, but the latents have "

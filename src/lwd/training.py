@@ -184,8 +184,9 @@ def train(
     }
     if directory is not None and distributed.rank() == 0:
         schedule.save(directory / "schedule.json")
+        names = {"class_names": list(getattr(data, "class_names", ()))}
         latents = {"normalization": data.normalization.to_dict(), "encoders": getattr(data, "encoders", {})}
-        write_json(directory / "latents.json", latents)
+        write_json(directory / "latents.json", latents | names)
     if heldout is not None:
         validation = Validation(heldout, schedule)
         measures = [*measures, Measure(config.validate_every, lambda net, _: validation.measure(net, job.device))]

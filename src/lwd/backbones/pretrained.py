@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from lwd.backbones.config import LightningDiTConfig
 from lwd.backbones.lightningdit import LightningDiT
 from lwd.files import read_json, write_atomically, write_json
+from lwd.hub import directory_of
 
 
 def save_pretrained(model: LightningDiT, directory: str | Path, weights: Mapping[str, Tensor] | None = None) -> Path:
@@ -36,7 +36,7 @@ def load_pretrained(source: str | Path) -> LightningDiT:
         FileNotFoundError: neither a directory nor a hub name, or a file is missing in it.
         ValueError: a damaged file, or weights that do not fit the configuration (the tensors are named).
     """
-    directory = Path(source) if Path(source).exists() else _download(str(source))
+    directory = directory_of(source, ["config.json", "model.safetensors"], "model directory")
     for name in ("config.json", "model.safetensors"):
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory} is not a saved LightningDiT: it has no {name}")
@@ -53,18 +53,3 @@ def load_pretrained(source: str | Path) -> LightningDiT:
         return LightningDiT.from_weights(config, weights)
     except ValueError as error:
         raise ValueError(f"{path} does not fit config.json beside it: {error}") from error
-
-
-def _download(name: str) -> Path:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise FileNotFoundError(f"no model directory {name!r}")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise FileNotFoundError(
-            f"no model directory {name!r}; to look for it on the Hugging Face hub: pip install huggingface_hub"
-        ) from error
-    try:
-        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(f"no model directory {name!r}, and not found on the hub either: {error}") from error

@@ -9,6 +9,7 @@ from pathlib import Path
 # Nothing heavy is imported here: `lwd --help` must not wait for torch.
 from lwd.cli.encode import encode, semvae
 from lwd.cli.evaluate import evaluate
+from lwd.cli.sample import sample
 from lwd.cli.train import probe, train
 
 
@@ -34,56 +35,6 @@ def demo(
 
     page = run_demo(directory, budget=budget, seed=seed, device=device, compiled=compile)
     print(f"The page is ready: {page.resolve()}")
-
-
-def sample(
-    run: Path,
-    out: Path,
-    images: int = 100,
-    labels: tuple[int, ...] = (),
-    solver: str = "dopri5",
-    steps: int | None = None,
-    weak: Path | None = None,
-    scale: float = 1.5,
-    seed: int = 0,
-    batch: int = 250,
-    device: str = "auto",
-) -> None:
-    """Draw images from a trained run.
-
-    Image i depends on the seed and i alone, not on how many are drawn or how they are batched.
-
-    Args:
-        run: directory that `lwd train` made.
-        out: npz file to write: images (uint8), labels, latents, evaluations per image.
-        images: how many.
-        labels: classes, repeated over the images; all in turn by default.
-        solver: dopri5, heun, midpoint or euler.
-        steps: steps of a fixed-step solver.
-        weak: run of a weak model, for AutoGuidance.
-        scale: of AutoGuidance.
-        seed: of the noise.
-        batch: images at a time; does not change them.
-        device: auto, cpu, cuda, cuda:1 ...
-    """
-    from lwd.generation import draw_images
-    from lwd.runs import load_run, pick_device
-
-    where = pick_device(device)
-    drawn = draw_images(
-        load_run(run, where),
-        count=images,
-        device=where,
-        labels=labels,
-        weak=None if weak is None else load_run(weak, where),
-        solver=solver,
-        steps=steps,
-        scale=scale,
-        seed=seed,
-        batch=batch,
-    )
-    drawn.save(out)
-    print(f"{images} images in {out}, at most {int(drawn.evaluations.max())} model evaluations each.")
 
 
 def report(directory: Path) -> None:
@@ -128,7 +79,12 @@ def main(arguments: list[str] | None = None) -> None:
     except ImportError:
         _fail('the command line needs an extra: pip install "lwd[cli]"')
     try:
-        tyro.cli(COMMANDS[name], args=rest, prog=f"lwd {name}", config=(tyro.conf.AvoidSubcommands,))
+        tyro.cli(
+            COMMANDS[name],
+            args=rest,
+            prog=f"lwd {name}",
+            config=(tyro.conf.AvoidSubcommands, tyro.conf.OmitArgPrefixes),
+        )
     except KeyboardInterrupt:
         print("\nInterrupted. Run the same command again to continue.", file=sys.stderr)
         raise SystemExit(130) from None

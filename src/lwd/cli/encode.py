@@ -87,8 +87,8 @@ def encode(
     """
     from lwd.data.images import open_images
     from lwd.data.sharding import Share
+    from lwd.machine import own_device
     from lwd.progress import counting
-    from lwd.runs import own_device
 
     share = Share.from_environment()
     if check:
@@ -173,8 +173,9 @@ def semvae(
     from lwd.encoders.choose import feature_network
     from lwd.encoders.semvae import SemVAE, SemVAEConfig
     from lwd.encoders.semvae_training import SemVAETrainConfig, train_semvae
+    from lwd.machine import default_precision, own_device
     from lwd.randomness import derived_seed
-    from lwd.runs import default_precision, own_device, write_run_config
+    from lwd.runs import write_run_config
 
     with distributed.joined():
         where = own_device(device)

@@ -59,8 +59,9 @@ def probe(
     from lwd import distributed
     from lwd.data.sharding import Share
     from lwd.files import wait_for
+    from lwd.machine import default_compile, default_precision, own_device
     from lwd.recipes import get_recipe
-    from lwd.runs import default_compile, default_precision, initial_denoiser, own_device, write_run_config
+    from lwd.runs import initial_denoiser, write_run_config
     from lwd.sweep import bisect_kinetic, sweep_kinetic
 
     chosen = get_recipe(recipe).scaled(budget)
@@ -162,8 +163,9 @@ def train(
 
     from lwd import distributed
     from lwd.generation import SampleSheets
+    from lwd.machine import default_compile, default_precision, own_device
     from lwd.recipes import get_recipe, make_schedule
-    from lwd.runs import default_compile, default_precision, initial_denoiser, own_device, write_run_config
+    from lwd.runs import initial_denoiser, write_run_config
     from lwd.training import Measure
     from lwd.training import train as run_training
 
@@ -241,8 +243,7 @@ def _open(latents: Path, recipe: Recipe, device: torch.device) -> LatentSource:
 def _decoder(data: LatentSource) -> Callable[[Tensor], Tensor] | None:
     """Latents of `data` to images; None, with a note, where they cannot be decoded."""
     from lwd import distributed
-    from lwd.encoders.choose import decoder
-    from lwd.runs import decode_texture
+    from lwd.encoders.choose import decode_texture, decoder
 
     encoders = getattr(data, "encoders", {})
     try:

@@ -78,6 +78,16 @@ def _features(array: StoredArray) -> dict[str, Any]:
     return {"key": FEATURES, "shape": list(array.row.shape), "dtype": dtype_name(array.row.dtype)}
 
 
+def statistics_of(directory: Path) -> Normalization:
+    """The statistics of a latent set, or of SFD's: of all ``<key>_stats.pt`` in `directory`, without any shard.
+
+    Raises:
+        FileNotFoundError: no statistics there.
+    """
+    keys = [key for key in GROUPS if (directory / f"{key}_stats.pt").is_file()]
+    return _read_statistics(directory, keys) if keys else Normalization.from_pretrained(directory)
+
+
 def _read_statistics(directory: Path, keys: list[str]) -> Normalization:
     mean: list[float] = []
     std: list[float] = []

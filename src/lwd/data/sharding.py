@@ -22,7 +22,7 @@ from lwd.data.images import ImageSource
 from lwd.data.layout import Row, dtype_name, write_shard
 from lwd.data.reading import Reading, read_batches
 from lwd.data.statistics import ChannelStatistics
-from lwd.files import read_json, write_json
+from lwd.files import differences, read_json, write_json
 
 RECORDS = "records"
 
@@ -193,18 +193,10 @@ def agree_on_plan(path: Path, plan: Mapping[str, Any]) -> None:
         write_json(path, plan)
         return
     there = read_json(path)
-    differences = [line for line in sorted(_differences("", there, plan)) if not line.startswith("images: path: ")]
-    if differences:
+    changed = [line for line in differences(there, plan) if not line.startswith("images.path: ")]
+    if changed:
         raise ValueError(
             f"{path.parent.parent} was begun with other settings:\n  "
-            + "\n  ".join(differences)
+            + "\n  ".join(changed)
             + "\nUse those settings to go on, or another directory."
         )
-
-
-def _differences(prefix: str, there: Any, here: Any) -> list[str]:
-    if isinstance(there, dict) and isinstance(here, Mapping):
-        keys = there.keys() | here.keys()
-        return [line for key in keys for line in _differences(f"{prefix}{key}: ", there.get(key), here.get(key))]
-    same = there == (list(here) if isinstance(here, tuple) else here)
-    return [] if same else [f"{prefix}{there!r} there, {here!r} now"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -22,6 +23,7 @@ from lwd.encoders.composite import (
 from lwd.encoders.efficientnet import EfficientNetMaps
 from lwd.encoders.pca import PCA
 from lwd.encoders.pixels import PixelPatches
+from lwd.latents import LatentSpec, Normalization
 
 Precision = Literal["float32", "bf16"]
 
@@ -101,6 +103,23 @@ def decoder(description: Mapping[str, Any], device: torch.device | str = "cpu") 
 
         return ImageAutoencoder.from_description(dict(description), device)
     raise ValueError(f"latents of {dict(description) or 'an unknown encoder'} cannot be decoded to images")
+
+
+def decode_texture(
+    latents: Tensor, spec: LatentSpec, normalization: Normalization, encoders: Mapping[str, Any]
+) -> Tensor:
+    """Images uint8 [N, c, H, W], on the device of the latents, from normalised composite latents.
+
+    Raises:
+        ValueError: the texture group's encoder is one that cannot be decoded.
+    """
+    texture = spec.split(normalization.denormalize(latents.float()))[0]
+    return _decoder(json.dumps(encoders.get(spec.names[0], {})), latents.device).decode(texture)
+
+
+@lru_cache(maxsize=2)
+def _decoder(description: str, device: torch.device) -> Decoder:
+    return decoder(json.loads(description), device)
 
 
 def encoder_of(

@@ -23,8 +23,8 @@ from lwd.evaluation.inception import SHA256_PREFIX
 from lwd.evaluation.neighbours import Distances, half_distances_fit, precision_recall
 from lwd.evaluation.reference import Reference, load_reference
 from lwd.files import write_json
+from lwd.machine import describe_machine, describe_versions
 from lwd.randomness import stream
-from lwd.runs import describe_machine, describe_versions
 
 
 @dataclass(frozen=True)

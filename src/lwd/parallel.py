@@ -66,7 +66,9 @@ class Trained:
             for block in blocks or []:
                 fully_shard(block)
             fully_shard(denoiser)
-        run: Any = torch.compile(denoiser, dynamic=False) if compiled else denoiser
+        if compiled:
+            compile_blocks(denoiser)
+        run: Any = denoiser
         if distributed.world() > 1 and parallel == "ddp":
             ids = [device.index] if device.type == "cuda" else None
             with warnings.catch_warnings():
@@ -91,6 +93,16 @@ class Trained:
         if (synchronise := getattr(self._denoiser, "set_requires_gradient_sync", None)) is not None:
             synchronise(last)
         yield
+
+
+def compile_blocks(network: nn.Module) -> None:
+    """Compile `network` in place, block by block where it has blocks.
+
+    They are alike, so one compilation serves all: for the S of 12 blocks on a CPU 13 s in place of 56 s for the network
+    as one graph, which runs 0 to 5 % faster (benchmarks/results/against_sfd.json).
+    """
+    for part in getattr(network, "blocks", None) or [network]:
+        part.compile(dynamic=False)
 
 
 def adamw(groups: Iterable[Any], device: torch.device, **settings: Any) -> torch.optim.AdamW:

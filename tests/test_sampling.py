@@ -1,5 +1,6 @@
 """Sampling: seeds, records, steps over pieces, errors, and the reference's trajectories."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -121,6 +122,61 @@ def test_fifty_steps_by_default():
     assert lwd.sample(DATA, TWO_GROUPS["offset"], NOISE, LABELS, solver="heun").evaluations == 100
 
 
+def test_times_of_the_steps_may_be_given():
+    """Uniform times given one by one are the count; other times give the steps asked for, on either side of a stop."""
+    schedule, options = OffsetSchedule(0.3), {"solver": "heun"}
+    a, b = schedule.kinks
+    counted = lwd.sample(DATA, schedule, NOISE, LABELS, steps=13, **options)
+    uniform = [*np.linspace(0, a, 4)[:-1], *np.linspace(a, b, 8)[:-1], *np.linspace(b, 1, 4)]
+    given = lwd.sample(DATA, schedule, NOISE, LABELS, steps=uniform, **options)
+    torch.testing.assert_close(given.latents, counted.latents, rtol=1e-13, atol=1e-13)
+    assert given.evaluations == 2 * 13
+
+    seen: list[float] = []
+    lwd.sample(DATA, schedule, NOISE, LABELS, solver="euler", steps=[0.0, a, 0.3, b, 1.0], on_evaluation=seen.append)
+    assert seen == [0.0, a, 0.3, b]
+
+
+def test_recorded_times_join_the_given_ones():
+    times, more = [0.0, 0.4, 1.0], [0.0, 0.4, 0.5, 1.0]
+    schedule, options = TWO_GROUPS["polynomial"], {"solver": "midpoint", "record": [0.4, 0.5]}
+    joined = lwd.sample(DATA, schedule, NOISE, LABELS, steps=times, **options)
+    written = lwd.sample(DATA, schedule, NOISE, LABELS, steps=more, **options)
+    assert joined.evaluations == written.evaluations == 6
+    assert all(torch.equal(*states) for states in zip(joined.states, written.states, strict=True))
+    assert torch.equal(joined.latents, written.latents)
+
+
+class AlongGlobalTime:
+    """A denoiser whose velocity is the global time itself."""
+
+    needs_tau, spec = True, DATA.spec
+
+    def __init__(self) -> None:
+        self.taus: list[Tensor] = []
+
+    def __call__(self, z: Tensor, t: Tensor, labels: Tensor, *, tau: Tensor) -> Tensor:
+        assert tau.shape == labels.shape
+        assert tau.dtype == z.dtype
+        self.taus.append(tau)
+        return tau[:, None, None, None].expand_as(z)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_denoiser_may_ask_for_global_time(dtype):
+    """dz/dtau = tau: the state grows by 1/2, whatever the solver; a resting group of a cascade by less."""
+    noise = NOISE.to(dtype)
+    for solver in ("dopri5", "midpoint"):
+        result = lwd.sample(AlongGlobalTime(), SynchronousSchedule(), noise, LABELS, solver=solver)
+        torch.testing.assert_close(result.latents, noise + 0.5, rtol=1e-5, atol=1e-5)
+    denoiser = AlongGlobalTime()
+    result = lwd.sample(denoiser, CascadedSchedule(), noise, LABELS, solver="midpoint", steps=2)
+    # t' = 2 in the half in which a group moves: integral of 2 tau over it.
+    torch.testing.assert_close(result.latents[:, :2], noise[:, :2] + 0.75, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(result.latents[:, 2], noise[:, 2] + 0.25, rtol=1e-6, atol=1e-6)
+    assert [tau[0].item() for tau in denoiser.taus] == [0.0, 0.25, 0.5, 0.75]
+
+
 @pytest.mark.parametrize("solver", ["dopri5", "heun"])
 def test_progress_runs_from_0_to_1(solver):
     times: list[float] = []
@@ -141,6 +197,13 @@ def test_progress_runs_from_0_to_1(solver):
         ({"steps": 50}, "chooses its own steps"),
         ({"solver": "euler", "steps": 2}, "2 steps for a path of 3 pieces"),
         ({"solver": "euler", "steps": 0}, "at least one each"),
+        ({"solver": "euler", "steps": [0.0, 0.5, 1.0]}, r"lack \[0\.23\d+, 0\.76\d+\]"),
+        ({"solver": "euler", "steps": [0.0, 0.3 / 1.3, 0.5, 1.0]}, r"lack \[0\.76\d+\], where a group starts"),
+        ({"solver": "euler", "steps": [0.0, 0.5, 0.5, 1.0]}, "increase strictly from 0 to 1"),
+        ({"solver": "euler", "steps": [0.1, 1.0]}, "increase strictly from 0 to 1"),
+        ({"solver": "euler", "steps": []}, "increase strictly from 0 to 1"),
+        ({"solver": "euler", "steps": [0.0, float("nan"), 1.0]}, "increase strictly from 0 to 1"),
+        ({"steps": [0.0, 1.0]}, "chooses its own steps"),
         ({"record": [0.5, 1.5]}, r"lie in \[0, 1\]"),
         ({"record": [float("nan")]}, r"lie in \[0, 1\]"),
     ],

@@ -8,9 +8,10 @@ adaptive steps and its own noise, so the image of a seed does not depend on what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ def sample(
     labels: Tensor,
     *,
     solver: str = "dopri5",
-    steps: int | None = None,
+    steps: int | Sequence[float] | None = None,
     atol: float = 1e-6,
     rtol: float = 1e-3,
     spec: LatentSpec | None = None,
@@ -70,21 +71,24 @@ def sample(
     """Carry noise at tau = 0 to latents at tau = 1.
 
     Args:
-        denoiser: (z, t, labels) -> local velocities; may be a guidance.
+        denoiser: (z, t, labels) -> local velocities; may be a guidance. One with an attribute `needs_tau` that is
+            true is called as (z, t, labels, tau=tau), with the global times [B] in the dtype of z.
         schedule: gives t(tau) and t'(tau).
         noise: [B, C, H, W]; see `seeded_noise`.
         labels: [B].
         solver: ``"dopri5"`` (adaptive), ``"heun"``, ``"midpoint"`` or ``"euler"``.
-        steps: steps of a fixed-step solver, default 50, shared out over the smooth pieces by their length (at least
-            one each). An adaptive solver takes none.
+        steps: of a fixed-step solver: how many, default 50, shared out over the smooth pieces by their length (at
+            least one each); or the global times themselves, increasing from 0 to 1 with every kink of the schedule
+            among them (see `lwd.placement`). An adaptive solver takes none.
         atol, rtol: tolerances of the adaptive solver, held by every image on its own (root mean square over its
             components); the paper's are the defaults.
         spec: latent groups; by default the denoiser's.
-        record: global times in [0, 1] whose states are kept; the solver stops at each.
+        record: global times in [0, 1] whose states are kept; the solver stops at each, beside the times
+            that `steps` may give.
         on_evaluation: called after every batched evaluation with the least global time reached, for progress bars.
 
     Raises:
-        ValueError: unknown solver, contradictory settings, shapes that do not match.
+        ValueError: unknown solver, contradictory settings, times that miss a kink, shapes that do not match.
         FloatingPointError: the velocity became NaN or infinite; says at which global time.
     """
     if solver not in SOLVERS:
@@ -102,18 +106,18 @@ def sample(
     spec.check(noise, "noise")
 
     stops = sorted({0.0, 1.0, *schedule.kinks, *record})
-    pieces = list(pairwise(stops))
     flow = _GlobalFlow(denoiser, schedule, spec, on_evaluation)
     z, evaluations = noise, torch.zeros(len(noise), dtype=torch.long)
     kept = {0.0: noise}
     if isinstance(method, RungeKutta):
-        for (start, end), n in zip(pieces, _share_steps(pieces, 50 if steps is None else steps), strict=True):
-            z, used = method.integrate(flow.on(start, end, labels), z, start, end, n)
+        for times in _times_of_pieces(stops, schedule.kinks, 50 if steps is None else steps):
+            start, end = times[0], times[-1]
+            z, used = method.integrate(flow.on(start, end, labels), z, times)
             evaluations += used
             kept[end] = z
     else:
         step = None
-        for start, end in pieces:
+        for start, end in pairwise(stops):
             if start in schedule.kinks:
                 step = None  # a step size found before a kink says nothing about what follows it
             z, per_image, step = method.integrate(flow.on(start, end, labels), z, start, end, atol, rtol, step)
@@ -139,6 +143,7 @@ class _GlobalFlow:
         on_evaluation: Callable[[float], None] | None,
     ) -> None:
         self.denoiser, self.schedule, self.spec, self.on_evaluation = denoiser, schedule, spec, on_evaluation
+        self.needs_tau = bool(getattr(denoiser, "needs_tau", False))
 
     def on(self, start: float, end: float, labels: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
         # At a kink the derivative belongs to the piece being integrated: take it just inside. 1e-6 of the piece is
@@ -149,9 +154,8 @@ class _GlobalFlow:
             t = self.schedule.local_times(tau).t.to(z.dtype)
             dt = self.schedule.local_times(tau.clamp(start + margin, end - margin)).dt.to(z.dtype)
             here = labels if rows is None else labels[rows]
-            # Only a guidance whose scale varies along global time asks for it.
-            if getattr(self.denoiser, "needs_tau", False):
-                v = self.denoiser(z, t, here, tau=tau.to(z.dtype))  # type: ignore[call-arg]
+            if self.needs_tau:
+                v = cast(Any, self.denoiser)(z, t, here, tau=tau.to(z.dtype))
             else:
                 v = self.denoiser(z, t, here)
             if v.shape != z.shape:
@@ -161,6 +165,33 @@ class _GlobalFlow:
             return global_velocity(v.to(z.dtype), dt, self.spec)
 
         return velocity
+
+
+def _times_of_pieces(stops: Sequence[float], kinks: Sequence[float], steps: int | Sequence[float]) -> list[list[float]]:
+    """The times of the steps between each two stops, both ends included.
+
+    Args:
+        stops: 0, 1, kinks and recorded times, in order.
+        steps: how many steps in all, or their times.
+    """
+    pieces = list(pairwise(stops))
+    if not isinstance(steps, Iterable):
+        shares = _share_steps(pieces, steps)
+        return [
+            torch.linspace(start, end, n + 1, dtype=torch.float64).tolist()
+            for (start, end), n in zip(pieces, shares, strict=True)
+        ]
+    given = [float(time) for time in steps]
+    if len(given) < 2 or (given[0], given[-1]) != (0.0, 1.0) or not all(a < b for a, b in pairwise(given)):
+        raise ValueError(f"times of steps must increase strictly from 0 to 1; got {given}")
+    missing = [kink for kink in kinks if kink not in given]
+    if missing:
+        raise ValueError(
+            f"the times of the steps lack {missing}, where a group starts, stops or changes its pace at once; a step "
+            "over such a kink loses the solver's order (lwd.placement.place_steps keeps them)"
+        )
+    times = sorted({*given, *stops})
+    return [[time for time in times if start <= time <= end] for start, end in pieces]
 
 
 def _share_steps(pieces: Sequence[tuple[float, float]], steps: int) -> list[int]:

@@ -28,18 +28,17 @@ class RungeKutta:
     a: tuple[tuple[float, ...], ...]
     b: tuple[float, ...]
 
-    def integrate(self, velocity: Velocity, z: Tensor, start: float, end: float, steps: int) -> tuple[Tensor, int]:
-        """z at `end` after `steps` equal steps, and the number of evaluations per image."""
-        taus = torch.linspace(start, end, steps + 1, dtype=torch.float64).tolist()
-        for tau, following in pairwise(taus):
+    def integrate(self, velocity: Velocity, z: Tensor, times: Sequence[float]) -> tuple[Tensor, int]:
+        """z from times[0] to times[-1] with a step between each two, and the number of evaluations per image."""
+        for tau, following in pairwise(times):
             h = following - tau
             k: list[Tensor] = []
             for c, a in zip(self.c, self.a, strict=True):
-                at = torch.full((len(z),), min(tau + c * h, end), dtype=_time_dtype(z), device=z.device)
+                at = torch.full((len(z),), min(tau + c * h, following), dtype=_time_dtype(z), device=z.device)
                 k.append(velocity(at, _advance(z, h, a, k), None))
             z = _advance(z, h, self.b, k)
             _require_finite(z, following)
-        return z, steps * len(self.c)
+        return z, (len(times) - 1) * len(self.c)
 
 
 class Dopri5:

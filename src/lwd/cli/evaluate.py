@@ -41,7 +41,7 @@ def evaluate(
         samples: what to score: directories of `lwd sample`, folders of PNGs, npz files of ADM's form; or models: runs,
             saved pipelines, SFD checkpoints.
         reference: npz of ADM (VIRTUAL_imagenet256_labeled.npz), or another set of images.
-        out: JSON file for the results: metrics, every setting, hashes, counts.
+        out: JSON file for the results: metrics, every setting, hashes, counts; printed where it is not given.
         network: whose features are compared: inception; dinov2 for FD-DINOv2; dinov2-s, dinov2-b, dinov2-l, clip-l;
             efficientnet for small images; a transformers model by path or hub name.
         weights: of the network; by default where torch or the hub keep their downloads.
@@ -82,8 +82,29 @@ def evaluate(
             write_json(out, {"format": "lwd-evaluations/1", "results": results})
         if temporary and not keep:
             shutil.rmtree(path)
-    if results:
+    if results and out is None:
         print(json.dumps(results if len(results) > 1 else results[0], indent=2))
+    elif results:
+        print("\n".join(_table(results)))
+
+
+def _table(results: list[dict[str, Any]]) -> list[str]:
+    """A line per set: its name, how many images, and its metrics; what is not as the protocol asks below."""
+    names = list(dict.fromkeys(metric for result in results for metric in result["metrics"]))
+    rows = [["", "images", *names]]
+    for result in results:
+        generated = result["generated"]
+        step = (generated.get("origin") or {}).get("step")
+        name = Path(generated["name"]).name if step is None else f"{Path(generated['origin']['run']).name}, step {step}"
+        values = [result["metrics"].get(metric) for metric in names]
+        rows.append([name, str(generated["count"]), *("-" if value is None else f"{value:.4g}" for value in values)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    notes = dict.fromkeys(note for r in results if isinstance(r.get("protocol"), list) for note in r["protocol"])
+    return [*lines, *(["not as the protocol asks: " + "; ".join(notes)] if notes else [])]
 
 
 def _image_sets(

@@ -8,7 +8,7 @@ from torch import Tensor
 import lwd
 from gaussian import TWO_GROUPS, normal, random_gaussian, unequal_spec
 from lwd import CascadedSchedule, Group, LatentSpec, OffsetSchedule, PolynomialSchedule, SynchronousSchedule
-from lwd.sampling import _share_steps
+from lwd.sampling import share_steps
 
 DATA = random_gaussian(unequal_spec(2), positions=2)
 NOISE = normal(3, 3, 1, 2)
@@ -112,10 +112,10 @@ def test_image_of_a_seed_does_not_depend_on_the_batch_size(semantic_first):
 
 
 def test_steps_are_shared_out_by_length():
-    assert _share_steps([(0.0, 0.25), (0.25, 1.0)], 8) == [2, 6]
-    assert _share_steps([(0.0, 1e-9), (1e-9, 1.0)], 5) == [1, 4]
+    assert share_steps([(0.0, 0.25), (0.25, 1.0)], 8) == [2, 6]
+    assert share_steps([(0.0, 1e-9), (1e-9, 1.0)], 5) == [1, 4]
     for n in range(3, 40):
-        assert sum(_share_steps([(0.0, 0.1), (0.1, 0.3), (0.3, 1.0)], n)) == n
+        assert sum(share_steps([(0.0, 0.1), (0.1, 0.3), (0.3, 1.0)], n)) == n
 
 
 def test_fifty_steps_by_default():
@@ -193,7 +193,7 @@ def test_progress_runs_from_0_to_1(solver):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"solver": "rk4"}, "unknown solver 'rk4'; choose one of dopri5, heun, midpoint, euler"),
+        ({"solver": "rk4"}, "unknown solver 'rk4'; choose one of dopri5, ab2, ab3"),
         ({"steps": 50}, "chooses its own steps"),
         ({"solver": "euler", "steps": 2}, "2 steps for a path of 3 pieces"),
         ({"solver": "euler", "steps": 0}, "at least one each"),

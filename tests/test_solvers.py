@@ -12,8 +12,8 @@ from torch import Tensor
 
 import lwd
 from gaussian import TWO_GROUPS, Gaussian, normal, random_gaussian, unequal_spec
-from lwd import Schedule, solvers
-from lwd.solvers import SOLVERS, Dopri5, RungeKutta
+from lwd import Schedule
+from lwd.solvers import SOLVERS, Dopri5, RungeKutta, dormand_prince
 
 every_schedule = pytest.mark.parametrize("schedule", TWO_GROUPS.values(), ids=TWO_GROUPS.keys())
 DATA = random_gaussian(unequal_spec(2), positions=2, seed=3)
@@ -226,7 +226,7 @@ def test_failures_say_where():
 
 
 def test_adaptive_solver_gives_up(monkeypatch):
-    monkeypatch.setattr(solvers, "MAX_ATTEMPTS", 3)
+    monkeypatch.setattr(dormand_prince, "MAX_ATTEMPTS", 3)
     with pytest.raises(FloatingPointError, match="more than 3 steps"):
         solve(TWO_GROUPS["polynomial"], atol=1e-9, rtol=1e-9)
 
@@ -238,5 +238,5 @@ def test_bad_tolerances(atol, rtol):
 
 
 def test_solvers_are_listed():
-    assert list(SOLVERS) == ["dopri5", "heun", "midpoint", "euler"]
+    assert list(SOLVERS) == ["dopri5", "ab2", "ab3", "dpmpp2m", "dpmpp3m", "heun", "midpoint", "euler"]
     assert isinstance(DATA, Gaussian)

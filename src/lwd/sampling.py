@@ -8,6 +8,7 @@ adaptive steps and its own noise, so the image of a seed does not depend on what
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,7 +21,8 @@ from lwd.interpolant import global_velocity
 from lwd.latents import LatentSpec, resolve_spec
 from lwd.objective import Denoiser
 from lwd.schedules import Schedule
-from lwd.solvers import SOLVERS, Dopri5, RungeKutta
+from lwd.solvers import SOLVERS, Dopri5
+from lwd.solvers.flow import Array
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def sample(
         schedule: gives t(tau) and t'(tau).
         noise: [B, C, H, W]; see `seeded_noise`.
         labels: [B].
-        solver: ``"dopri5"`` (adaptive), ``"heun"``, ``"midpoint"`` or ``"euler"``.
+        solver: ``"dopri5"`` (adaptive); of fixed steps, with one evaluation each ``"ab2"``, ``"ab3"``, ``"dpmpp2m"``,
+            ``"dpmpp3m"`` or ``"euler"``, with two ``"heun"`` or ``"midpoint"``. See `lwd.solvers`.
         steps: of a fixed-step solver: how many, default 50, shared out over the smooth pieces by their length (at
             least one each); or the global times themselves, increasing from 0 to 1 with every kink of the schedule
             among them (see `lwd.placement`). An adaptive solver takes none.
@@ -105,24 +108,26 @@ def sample(
     spec = resolve_spec(spec, denoiser, noise.shape[1], schedule.groups)
     spec.check(noise, "noise")
 
-    stops = sorted({0.0, 1.0, *schedule.kinks, *record})
-    flow = _GlobalFlow(denoiser, schedule, spec, on_evaluation)
+    flow = _GlobalFlow(denoiser, schedule, spec, labels, on_evaluation)
     z, evaluations = noise, torch.zeros(len(noise), dtype=torch.long)
     kept = {0.0: noise}
-    if isinstance(method, RungeKutta):
-        for times in _times_of_pieces(stops, schedule.kinks, 50 if steps is None else steps):
-            start, end = times[0], times[-1]
-            z, used = method.integrate(flow.on(start, end, labels), z, times)
-            evaluations += used
-            kept[end] = z
-    else:
+
+    def keep(tau: float, z: Tensor) -> None:
+        if tau in record:
+            kept[tau] = z
+
+    if isinstance(method, Dopri5):
         step = None
-        for start, end in pairwise(stops):
+        for start, end in pairwise(sorted({0.0, 1.0, *schedule.kinks, *record})):
             if start in schedule.kinks:
                 step = None  # a step size found before a kink says nothing about what follows it
-            z, per_image, step = method.integrate(flow.on(start, end, labels), z, start, end, atol, rtol, step)
+            z, per_image, step = method.integrate(flow.on(start, end), z, start, end, atol, rtol, step)
             evaluations += per_image
-            kept[end] = z
+            keep(end, z)
+    else:
+        for times in _times_of_pieces(schedule.kinks, record, 50 if steps is None else steps):
+            z, used = method.integrate(flow.on(times[0], times[-1]), z, times, keep)
+            evaluations += used
     return SampleResult(
         latents=z,
         evaluations=int(evaluations.max()),
@@ -133,68 +138,84 @@ def sample(
 
 
 class _GlobalFlow:
-    """The global-time velocity V of Eq. 13 on one smooth piece of the schedule."""
+    """The flow over global time: V of Eq. 13, and the local velocities and clocks that it is made of."""
 
     def __init__(
         self,
         denoiser: Denoiser,
         schedule: Schedule,
         spec: LatentSpec,
+        labels: Tensor,
         on_evaluation: Callable[[float], None] | None,
     ) -> None:
-        self.denoiser, self.schedule, self.spec, self.on_evaluation = denoiser, schedule, spec, on_evaluation
+        self.denoiser, self.schedule, self.spec = denoiser, schedule, spec
+        self.labels, self.on_evaluation = labels, on_evaluation
         self.needs_tau = bool(getattr(denoiser, "needs_tau", False))
+        self.inside = (0.0, 1.0)
 
-    def on(self, start: float, end: float, labels: Tensor) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-        # At a kink the derivative belongs to the piece being integrated: take it just inside. 1e-6 of the piece is
-        # far below any tolerance and, on the straight pieces of an offset, changes nothing.
+    def on(self, start: float, end: float) -> _GlobalFlow:
+        """The same on one smooth piece. At a kink the derivative belongs to the piece being integrated."""
+        piece = copy.copy(self)
+        # Just inside: 1e-6 of the piece is far below any tolerance and, on the straight pieces of an offset, changes
+        # nothing.
         margin = 1e-6 * (end - start) if self.schedule.kinks else 0.0
+        piece.inside = (start + margin, end - margin)
+        return piece
 
-        def velocity(tau: Tensor, z: Tensor, rows: Tensor | None) -> Tensor:
-            t = self.schedule.local_times(tau).t.to(z.dtype)
-            dt = self.schedule.local_times(tau.clamp(start + margin, end - margin)).dt.to(z.dtype)
-            here = labels if rows is None else labels[rows]
-            if self.needs_tau:
-                v = cast(Any, self.denoiser)(z, t, here, tau=tau.to(z.dtype))
-            else:
-                v = self.denoiser(z, t, here)
-            if v.shape != z.shape:
-                raise ValueError(f"the denoiser returned {tuple(v.shape)} for a state of {tuple(z.shape)}")
-            if self.on_evaluation is not None:
-                self.on_evaluation(float(tau.min()))
-            return global_velocity(v.to(z.dtype), dt, self.spec)
+    def __call__(self, tau: Tensor, z: Tensor, rows: Tensor | None) -> Tensor:
+        dt = self.schedule.local_times(tau.clamp(*self.inside)).dt.to(z.dtype)
+        return global_velocity(self.local_velocity(tau, z, rows), dt, self.spec)
 
-        return velocity
+    def local_velocity(self, tau: Tensor, z: Tensor, rows: Tensor | None = None) -> Tensor:
+        t = self.schedule.local_times(tau).t.to(z.dtype)
+        labels = self.labels if rows is None else self.labels[rows]
+        if self.needs_tau:
+            v = cast(Any, self.denoiser)(z, t, labels, tau=tau.to(z.dtype))
+        else:
+            v = self.denoiser(z, t, labels)
+        if v.shape != z.shape:
+            raise ValueError(f"the denoiser returned {tuple(v.shape)} for a state of {tuple(z.shape)}")
+        if self.on_evaluation is not None:
+            self.on_evaluation(float(tau.min()))
+        return v.to(z.dtype)
+
+    def clocks(self, tau: Array) -> tuple[Array, Array]:
+        on_host = self.schedule.frozen().cpu()
+        times = on_host.local_times(torch.from_numpy(tau))
+        dt = on_host.local_times(torch.from_numpy(tau.clip(*self.inside))).dt
+        return times.t.numpy(), dt.numpy()
 
 
-def _times_of_pieces(stops: Sequence[float], kinks: Sequence[float], steps: int | Sequence[float]) -> list[list[float]]:
-    """The times of the steps between each two stops, both ends included.
+def _times_of_pieces(
+    kinks: Sequence[float], record: Sequence[float], steps: int | Sequence[float]
+) -> list[list[float]]:
+    """The times of the steps of every smooth piece, both ends included.
 
     Args:
-        stops: 0, 1, kinks and recorded times, in order.
+        record: times to stop at, besides.
         steps: how many steps in all, or their times.
     """
-    pieces = list(pairwise(stops))
-    if not isinstance(steps, Iterable):
-        shares = _share_steps(pieces, steps)
-        return [
-            torch.linspace(start, end, n + 1, dtype=torch.float64).tolist()
-            for (start, end), n in zip(pieces, shares, strict=True)
-        ]
-    given = [float(time) for time in steps]
-    if len(given) < 2 or (given[0], given[-1]) != (0.0, 1.0) or not all(a < b for a, b in pairwise(given)):
-        raise ValueError(f"times of steps must increase strictly from 0 to 1; got {given}")
-    missing = [kink for kink in kinks if kink not in given]
-    if missing:
-        raise ValueError(
-            f"the times of the steps lack {missing}, where a group starts, stops or changes its pace at once; a step "
-            "over such a kink loses the solver's order (lwd.placement.place_steps keeps them)"
-        )
-    times = sorted({*given, *stops})
-    return [[time for time in times if start <= time <= end] for start, end in pieces]
+    stops = sorted({0.0, 1.0, *kinks, *record})
+    if isinstance(steps, Iterable):
+        given = [float(time) for time in steps]
+        if len(given) < 2 or (given[0], given[-1]) != (0.0, 1.0) or not all(a < b for a, b in pairwise(given)):
+            raise ValueError(f"times of steps must increase strictly from 0 to 1; got {given}")
+        missing = [kink for kink in kinks if kink not in given]
+        if missing:
+            raise ValueError(
+                f"the times of the steps lack {missing}, where a group starts, stops or changes its pace at once; a "
+                "step over such a kink loses the solver's order (lwd.placement.place_steps keeps them)"
+            )
+        times = sorted({*given, *stops})
+    else:
+        pieces = list(pairwise(stops))
+        times = [0.0]
+        for (start, end), n in zip(pieces, share_steps(pieces, steps), strict=True):
+            times += torch.linspace(start, end, n + 1, dtype=torch.float64).tolist()[1:]
+    return [[time for time in times if start <= time <= end] for start, end in pairwise([0.0, *kinks, 1.0])]
 
 
-def _share_steps(pieces: Sequence[tuple[float, float]], steps: int) -> list[int]:
+def share_steps(pieces: Sequence[tuple[float, float]], steps: int) -> list[int]:
     """Whole steps for every piece, by length and at least one, `steps` in all."""
     if steps < len(pieces):
         raise ValueError(

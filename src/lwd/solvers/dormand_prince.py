@@ -1,44 +1,14 @@
-"""Explicit Runge-Kutta solvers over global time: Euler, midpoint, Heun, and Dormand-Prince 5(4) with one step size
-per image.
-
-A velocity is called as ``velocity(tau [b], z [b, C, H, W], rows)``; `rows` are the images of the batch that z holds,
-or None for all of them.
-"""
+"""Dormand-Prince 5(4) with one step size per image."""
 
 from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-Velocity = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+from lwd.solvers.flow import Velocity, advance, combine, times_like
 
 MAX_ATTEMPTS = 10_000
 """Steps an adaptive solver may try on one piece before it gives up."""
-
-
-@dataclass(frozen=True)
-class RungeKutta:
-    """A fixed-step explicit method by its Butcher tableau: nodes c, coefficients a (row i for stage i), weights b."""
-
-    c: tuple[float, ...]
-    a: tuple[tuple[float, ...], ...]
-    b: tuple[float, ...]
-
-    def integrate(self, velocity: Velocity, z: Tensor, times: Sequence[float]) -> tuple[Tensor, int]:
-        """z from times[0] to times[-1] with a step between each two, and the number of evaluations per image."""
-        for tau, following in pairwise(times):
-            h = following - tau
-            k: list[Tensor] = []
-            for c, a in zip(self.c, self.a, strict=True):
-                at = torch.full((len(z),), min(tau + c * h, following), dtype=_time_dtype(z), device=z.device)
-                k.append(velocity(at, _advance(z, h, a, k), None))
-            z = _advance(z, h, self.b, k)
-            _require_finite(z, following)
-        return z, (len(times) - 1) * len(self.c)
 
 
 class Dopri5:
@@ -72,7 +42,7 @@ class Dopri5:
         if not (atol >= 0 and rtol >= 0 and atol + rtol > 0):
             raise ValueError(f"tolerances must not be negative and not both 0: atol={atol}, rtol={rtol}")
         batch = len(z)
-        tau = torch.full((batch,), start, dtype=_time_dtype(z), device=z.device)
+        tau = times_like(start, z)
         k1 = velocity(tau, z, None)
         evaluations = torch.ones(batch, dtype=torch.long)
         if step is None:
@@ -84,11 +54,11 @@ class Dopri5:
             h = torch.minimum(step[rows], end - tau[rows])
             k = [k1[rows]]
             for c, a in zip(self.c[1:], self.a[1:], strict=True):
-                new = _advance(z[rows], h, a, k)
+                new = advance(z[rows], h, a, k)
                 k.append(velocity((tau[rows] + c * h).clamp(max=end), new, rows))
             evaluations[rows.cpu()] += 6
             scale = atol + rtol * torch.maximum(z[rows].abs(), new.abs())
-            error = _norm(_combine(h, self.e, k) / scale)
+            error = _norm(combine(h, self.e, k) / scale)
             failed = ~error.isfinite()
             if failed.any():
                 first, last = float(tau[rows][failed].min()), float((tau[rows] + h)[failed].max())
@@ -113,14 +83,6 @@ class Dopri5:
         )
 
 
-SOLVERS: dict[str, RungeKutta | Dopri5] = {
-    "dopri5": Dopri5(),
-    "heun": RungeKutta(c=(0.0, 1.0), a=((), (1.0,)), b=(0.5, 0.5)),
-    "midpoint": RungeKutta(c=(0.0, 0.5), a=((), (0.5,)), b=(0.0, 1.0)),
-    "euler": RungeKutta(c=(0.0,), a=((),), b=(1.0,)),
-}
-
-
 def _initial_step(
     velocity: Velocity, z: Tensor, tau: Tensor, k1: Tensor, end: float, atol: float, rtol: float
 ) -> Tensor:
@@ -132,38 +94,13 @@ def _initial_step(
     scale = atol + rtol * z.abs()
     d0, d1 = _norm(z / scale), _norm(k1 / scale)
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1).to(tau.dtype).clamp(max=end)
-    k2 = velocity((tau + h0).clamp(max=end), _advance(z, h0, (1.0,), [k1]), None)
+    k2 = velocity((tau + h0).clamp(max=end), advance(z, h0, (1.0,), [k1]), None)
     d2 = _norm((k2 - k1) / scale).to(tau.dtype) / h0
     steepest = torch.maximum(d1.to(tau.dtype), d2)
     h1 = torch.where(steepest <= 1e-15, (h0 * 1e-3).clamp(min=1e-6), (0.01 / steepest) ** 0.2)
     return torch.minimum(100 * h0, h1).log2().ceil().exp2()
 
 
-def _combine(h: Tensor | float, weights: Sequence[float], k: Sequence[Tensor]) -> Tensor:
-    """h sum_i weights_i k_i, with h one number or one per image."""
-    if isinstance(h, Tensor):
-        h = h.to(k[0].dtype).view(-1, *[1] * (k[0].ndim - 1))
-    total = torch.zeros_like(k[0])
-    for weight, k_i in zip(weights, k, strict=True):
-        if weight:
-            total.add_(k_i, alpha=weight)
-    return total * h
-
-
-def _advance(z: Tensor, h: Tensor | float, weights: Sequence[float], k: Sequence[Tensor]) -> Tensor:
-    return z + _combine(h, weights, k) if weights else z
-
-
 def _norm(x: Tensor) -> Tensor:
     """Root mean square of every image, [B]."""
     return x.flatten(1).pow(2).mean(dim=1).sqrt()
-
-
-def _time_dtype(z: Tensor) -> torch.dtype:
-    """Times are float64 where the device has it: thousands of small steps must still end at exactly 1."""
-    return torch.float32 if z.device.type == "mps" else torch.float64
-
-
-def _require_finite(z: Tensor, tau: float) -> None:
-    if not z.isfinite().all():
-        raise FloatingPointError(f"the state is NaN or infinite at tau = {tau:.4f}")

@@ -75,7 +75,7 @@ def kinetic_density(
     """
     spec = resolve_spec(spec, denoiser, noise.shape[1], schedule.groups)
     pilot = _Pilot(denoiser, spec)
-    sample(pilot, schedule, noise, labels, solver="midpoint", steps=points, spec=spec)
+    sample(cast(Denoiser, pilot), schedule, noise, labels, solver="midpoint", steps=points, spec=spec)
     # Every second evaluation is at the middle of a cell, the others at its start.
     starts, middles = pilot.taus[0::2], pilot.taus[1::2]
     tau = torch.tensor(middles, dtype=torch.float64)
@@ -130,7 +130,7 @@ def place_steps(
     ends = np.interp(stops, edges, length).tolist()
     shares = share_steps(list(pairwise(ends)), steps)
     times = [0.0]
-    for (start, end), (first, last), n in zip(pairwise(stops), pairwise(ends), shares, strict=True):
+    for end, (first, last), n in zip(stops[1:], pairwise(ends), shares, strict=True):
         part = np.arange(1, n) / n
         if spacing == "cosine":
             part = (1 - np.cos(np.pi * part)) / 2

@@ -113,7 +113,8 @@ class DrawOptions:
 
         return SampleConfig(
             solver=self.solver, steps=self.steps, placement=self.placement, spacing=self.spacing,
-            atol=self.atol, rtol=self.rtol, scale=self.scale, scale_times=self.scale_times, interval=self.interval, seed=self.seed,
+            atol=self.atol, rtol=self.rtol, scale=self.scale, scale_times=self.scale_times,
+            interval=self.interval, seed=self.seed,
         )  # fmt: skip
 
 

@@ -102,12 +102,13 @@ def main() -> None:
                 operations, moved = work(config, precision, chosen.batch)  # type: ignore[arg-type]
                 seconds = limit.floor(operations, moved)
                 bound = "products" if operations / limit.operations > moved / limit.bytes else "memory"
+                per_image = operations / chosen.batch, moved / chosen.batch
                 row = {"size": size, "precision": precision, "kind": kind, "batch": chosen.batch,
-                       "operations_per_image": operations / chosen.batch, "bytes_per_image": moved / chosen.batch,
-                       "floor_seconds": seconds, "images_per_second": chosen.batch / seconds, "bound": bound}  # fmt: skip
+                       "operations_per_image": per_image[0], "bytes_per_image": per_image[1],
+                       "floor_seconds": seconds, "bound": bound}  # fmt: skip
                 rows.append(row)
-                print(f"  {size:<3} {kind:<9} {operations / chosen.batch / 1e9:8.1f} GFLOP {moved / chosen.batch / 1e6:8.1f}"
-                      f" MB per image; batch {chosen.batch}: {seconds:8.4f} s at least ({bound})")  # fmt: skip
+                print(f"  {size:<3} {kind:<9} {per_image[0] / 1e9:8.1f} GFLOP {per_image[1] / 1e6:8.1f} MB per image; "
+                      f"batch {chosen.batch}: {seconds:8.4f} s at least ({bound})")  # fmt: skip
     if chosen.json is not None:
         described = {"machine": describe_machine(device), "versions": describe_versions()}
         write_json(chosen.json, {"limits": limits, "floors": rows, **described})

@@ -80,7 +80,7 @@ def test_train_sample_and_evaluate(workspace, capsys):
     )
     stored = json.loads((workspace / "scores.json").read_text())
     (result,) = stored["results"]
-    assert json.loads(capsys.readouterr().out) == result
+    assert f"{result['metrics']['fd_judge']:.4g}" in capsys.readouterr().out
     assert result["metrics"]["fd_judge"] > 0
     assert result["generated"]["count"] == 20
     assert result["generated"]["origin"]["guidance"]["scale"] == [1.5]

@@ -98,6 +98,22 @@ def test_the_adaptive_solver_gives_an_image_whatever_is_beside_it(pipeline, tmp_
     assert first["evaluations"]["mean"] == first["origin"]["evaluations"]
 
 
+def test_placed_steps_depend_on_the_model_alone(pipeline, tmp_path):
+    """Whatever is drawn with them, and they are not the equal ones."""
+    config = SampleConfig(solver="dpmpp2m", steps=7, placement="kinetic", spacing="cosine")
+    times = config.step_times(pipeline)
+    assert times == config.step_times(make())
+    assert len(times) == 8
+    assert (times[0], times[-1]) == (0.0, 1.0)
+    assert np.abs(np.diff(times) - 1 / 7).max() > 0.02
+    few, many = draw_images(pipeline, config, count=2, batch=1), draw_images(pipeline, config, count=4)
+    torch.testing.assert_close(few.latents, many.latents[:2], rtol=1e-5, atol=1e-5)
+    assert few.evaluations.tolist() == [7, 7]
+    uniform = draw_images(pipeline, SampleConfig(solver="dpmpp2m", steps=7), count=2)
+    assert (few.latents - uniform.latents).abs().max() > 1e-3
+    assert config.describe(pipeline)["spacing"] == "cosine"
+
+
 def test_guidance_is_on_record(tmp_path):
     pipeline = make()
     pipeline.add_weak(make(seed=1, origin={"recipe": "weak one", "step": 7}))

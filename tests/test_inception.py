@@ -142,11 +142,15 @@ def test_the_command_scores_by_the_protocol_and_marks_what_is_not(network, tmp_p
     images = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(4)).byte()
     for name, part in (("real", images[:4]), ("fake", images[4:])):
         np.savez(tmp_path / f"{name}.npz", arr_0=part.movedim(1, -1).numpy())
-    monkeypatch.setattr("lwd.evaluation.load_inception", lambda *_: network)
+    monkeypatch.setattr("lwd.evaluation.networks.load_inception", lambda *_: network)
     command = f"evaluate --samples {tmp_path}/fake.npz --reference {tmp_path}/real.npz --distances float64 --device cpu"
     cli.main([*command.split(), "--out", str(tmp_path / "scores.json"), "--cache", str(tmp_path / "cache")])
-    written = json.loads((tmp_path / "scores.json").read_text())
-    assert json.loads(capsys.readouterr().out) == written
+    (written,) = json.loads((tmp_path / "scores.json").read_text())["results"]
+    shown = capsys.readouterr().out
+    assert f"{written['metrics']['fid']:.4g}" in shown
+    assert "not as the protocol asks: 4 generated images instead of 50000" in shown
+    cli.main(command.split())
+    assert json.loads(capsys.readouterr().out)["metrics"] == pytest.approx(written["metrics"], rel=1e-6)
     expected = score_images(images[4:], images[:4], network, settings=ProtocolSettings(distances="float64"))
     assert written["metrics"] == pytest.approx(expected.metrics, rel=1e-4)
     assert any("50" in deviation and "4" in deviation for deviation in written["protocol"])

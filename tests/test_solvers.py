@@ -111,6 +111,20 @@ def test_dopri5_agrees_with_scipy(schedule):
         np.testing.assert_allclose(result[row].flatten().numpy(), z, rtol=1e-6, atol=1e-7)
 
 
+def test_dopri5_agrees_with_torchdiffeq():
+    """Where nothing is stepped over, at tolerances that leave no room; theirs takes one step size for the batch."""
+    odeint = pytest.importorskip("torchdiffeq").odeint
+    schedule = TWO_GROUPS["polynomial"].frozen()
+
+    def velocity(tau: Tensor, z: Tensor) -> Tensor:
+        t, dt = schedule.local_times(tau.clamp(0, 1).repeat(len(z)))
+        return lwd.global_velocity(curved(z, t, LABELS), dt, DATA.spec)
+
+    ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    theirs = odeint(velocity, NOISE, ends, method="dopri5", atol=1e-10, rtol=1e-10)[-1]
+    torch.testing.assert_close(tight(schedule), theirs, rtol=1e-8, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", ["polynomial", "offset"])
 def test_an_image_does_not_depend_on_its_batch(name):
     """Equal to rounding, and with the very same steps, whatever it is batched with."""

@@ -1,76 +1,178 @@
-"""`lwd evaluate`: scores of generated images."""
+"""`lwd evaluate`: scores of generated images, or of the models that generate them."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from lwd.cli.options import DrawOptions, ModelOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 
 def evaluate(
     samples: tuple[Path, ...],
     reference: Path,
-    judge: Path | None = None,
-    weights: Path | None = None,
     out: Path | None = None,
+    network: str = "inception",
+    weights: Path | None = None,
+    judge: Path | None = None,
     cache: Path | None = None,
     images: int = 50_000,
     reference_images: int = 10_000,
     distances: Literal["float32", "float64", "float16"] = "float32",
     shuffle: bool = True,
-    seed: int = 0,
-    batch: int = 64,
-    device: str = "auto",
+    shuffle_seed: int = 0,
+    feature_batch: int = 64,
+    at_step: tuple[int, ...] = (),
+    drawn: Path = Path("runs/drawn"),
+    keep: bool = False,
+    model: ModelOptions = ModelOptions(),  # noqa: B008 (frozen)
+    draw: DrawOptions = DrawOptions(),  # noqa: B008
 ) -> None:
-    """Score generated images: FID, sFID, inception score, precision and recall, by ADM's protocol.
+    """Score images, or models: FID, sFID, inception score, precision and recall, by ADM's protocol.
 
-    What was computed differently than the protocol asks, fewer images for example, is listed in the result. With
-    --judge small data are compared by the embedded network and a judge that `lwd demo` trained; those are not FID.
+    Models are sampled first, as `lwd sample` does it: by all processes under torchrun, and going on where an
+    interrupted command stopped. Several models or steps give a curve (`lwd report` draws it). What was computed
+    otherwise than the protocol asks, fewer images for example, is listed in the result.
 
     Args:
-        samples: folders of PNGs or npz files of ADM's form; several are scored one after the other.
+        samples: what to score: directories of `lwd sample`, folders of PNGs, npz files of ADM's form; or models: runs,
+            saved pipelines, SFD checkpoints.
         reference: npz of ADM (VIRTUAL_imagenet256_labeled.npz), or another set of images.
-        judge: judge.safetensors of a demo; samples and reference are then npz files with images and labels.
-        weights: of the FID Inception; by default where torch keeps its downloads.
-        out: JSON file for the result: metrics, every setting, hashes, counts.
+        out: JSON file for the results: metrics, every setting, hashes, counts; printed where it is not given.
+        network: whose features are compared: inception; dinov2 for FD-DINOv2; dinov2-s, dinov2-b, dinov2-l, clip-l;
+            efficientnet for small images; a transformers model by path or hub name.
+        weights: of the network; by default where torch or the hub keep their downloads.
+        judge: judge.safetensors of a demo: compare small data by it and the embedded network instead; the reference is
+            then an npz with images and labels.
         cache: directory that features are kept in by content, so that a reference is computed once.
-        images: how many generated images the protocol asks for.
+        images: how many generated images the protocol asks for; so many are drawn of a model.
         reference_images: how many reference images precision and recall are of.
         distances: arithmetic of precision and recall; float16 rounds as ADM does.
         shuffle: shuffle the samples before the inception score cuts them into chunks.
-        seed: of the shuffle.
-        batch: images at a time.
-        device: auto, cpu, cuda, cuda:1 ...
+        shuffle_seed: of the shuffle.
+        feature_batch: images at a time for the network.
+        at_step: of runs: the averaged weights after these steps, one result each, instead of the finished model.
+        drawn: directory for the images that are drawn of models.
+        keep: keep those images after they are scored.
     """
     import json
+    import shutil
 
     from lwd.files import write_json
 
-    if judge is not None:
-        from lwd.evaluation import evaluate_files
+    results: list[dict[str, Any]] = []
+    score = None
+    for path, temporary in _image_sets(samples, at_step, drawn, images, model, draw):
+        if path is None:  # another process scores
+            continue
+        if score is None:
+            if judge is not None:
+                score = _judge(reference, judge, model.device)
+            else:
+                settings = {
+                    "images": images, "reference_images": reference_images, "distances": distances,
+                    "shuffle": shuffle, "seed": shuffle_seed,
+                }  # fmt: skip
+                score = _protocol(reference, network, weights, model.device, settings, feature_batch, cache)
+        results.append(score(path))
+        if out is not None:  # after every set: a curve takes days
+            write_json(out, {"format": "lwd-evaluations/1", "results": results})
+        if temporary and not keep:
+            shutil.rmtree(path)
+    if results and out is None:
+        print(json.dumps(results if len(results) > 1 else results[0], indent=2))
+    elif results:
+        print("\n".join(_table(results)))
 
-        if len(samples) != 1:
-            raise ValueError(f"--judge compares one file of samples, not {len(samples)}")
-        result: Any = evaluate_files(samples[0], reference, judge)
-    else:
-        from lwd.evaluation import ProtocolSettings, load_inception, load_reference, score_images
-        from lwd.progress import counting
-        from lwd.runs import pick_device
 
-        where = pick_device(device)
-        extractor = load_inception(weights, where)
-        settings = ProtocolSettings(
-            images=images, reference_images=reference_images, distances=distances, shuffle=shuffle, seed=seed
-        )
-        known = load_reference(
-            reference, extractor, batch_size=batch, cache=cache, progress=counting("reference", "image")
-        )
-        scores = {}
-        for path in samples:
-            report = counting(path.name, "image")
-            scores[str(path)] = score_images(
-                path, known, extractor, settings=settings, batch_size=batch, cache=cache, device=where, progress=report
-            ).to_dict()
-        result = scores if len(samples) > 1 else next(iter(scores.values()))
-    if out is not None:
-        write_json(out, result)
-    print(json.dumps(result, indent=2))
+def _table(results: list[dict[str, Any]]) -> list[str]:
+    """A line per set: its name, how many images, and its metrics; what is not as the protocol asks below."""
+    names = list(dict.fromkeys(metric for result in results for metric in result["metrics"]))
+    rows = [["", "images", *names]]
+    for result in results:
+        generated = result["generated"]
+        step = (generated.get("origin") or {}).get("step")
+        name = Path(generated["name"]).name if step is None else f"{Path(generated['origin']['run']).name}, step {step}"
+        values = [result["metrics"].get(metric) for metric in names]
+        rows.append([name, str(generated["count"]), *("-" if value is None else f"{value:.4g}" for value in values)])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    notes = dict.fromkeys(note for r in results if isinstance(r.get("protocol"), list) for note in r["protocol"])
+    return [*lines, *(["not as the protocol asks: " + "; ".join(notes)] if notes else [])]
+
+
+def _image_sets(
+    samples: tuple[Path, ...], steps: tuple[int, ...], drawn: Path, images: int, model: ModelOptions, draw: DrawOptions
+) -> Iterator[tuple[Path | None, bool]]:
+    """Every set of images to score, and whether it was drawn for this; None in processes that do not score it."""
+    from lwd.data.sharding import Share
+
+    for source in samples:
+        if not _is_model(source):
+            if steps:
+                raise ValueError(f"--at-step chooses among the weights of a run; {source} holds images")
+            yield (source if Share.from_environment().rank == 0 else None), False
+            continue
+        from lwd.generation import sample_to_directory
+
+        for step in steps or (None,):
+            name = "-".join([*source.parts[-2:], *([] if step is None else [f"{step:08}"])]).strip("/")
+            directory = drawn / name
+            summary = sample_to_directory(
+                model.open(source, step), directory, draw.config, images=images, form="npz", batch=draw.batch,
+                title=f"sample {name}",
+            )  # fmt: skip
+            yield (None if summary is None else directory), True
+
+
+def _is_model(path: Path) -> bool:
+    """Whether images are to be drawn from `path`, instead of read."""
+    from lwd.hub import looks_like_repository
+
+    if path.is_dir():
+        own = (path / "model.safetensors").is_file() and (path / "schedule.json").is_file()
+        return own or (path / "model").is_dir() or (path / "checkpoints").is_dir()
+    if path.is_file():
+        return path.suffix in (".pt", ".pth", ".ckpt", ".safetensors")
+    return looks_like_repository(str(path)) and path.suffix != ".npz"
+
+
+def _protocol(
+    reference: Path,
+    network: str,
+    weights: Path | None,
+    device: str,
+    settings: dict[str, Any],
+    batch: int,
+    cache: Path | None,
+) -> Any:
+    """A function of a set of images that gives its scores by ADM's protocol, with the features of `network`."""
+    from lwd.evaluation import ProtocolSettings, feature_extractor, load_reference, score_images
+    from lwd.machine import own_device
+    from lwd.progress import counting
+
+    where, protocol = own_device(device), ProtocolSettings(**settings)
+    extractor = feature_extractor(network, weights=weights, device=where)
+    known = load_reference(reference, extractor, batch_size=batch, cache=cache, progress=counting("reference", "image"))
+
+    def score(path: Path) -> dict[str, Any]:
+        return score_images(
+            path, known, extractor, settings=protocol, batch_size=batch, cache=cache, device=where,
+            progress=counting(path.name, "image"),
+        ).to_dict()  # fmt: skip
+
+    return score
+
+
+def _judge(reference: Path, judge: Path, device: str) -> Any:
+    from lwd.evaluation import evaluate_files
+    from lwd.machine import pick_device
+
+    where = pick_device(device)
+    return lambda path: evaluate_files(path, reference, judge, device=where)

@@ -84,7 +84,8 @@ class DrawOptions:
     Args:
         solver: dopri5 (adaptive), or a fixed-step one: dpmpp2m, dpmpp3m, heun, midpoint, ab2, ab3, euler.
         steps: of a fixed-step solver, 50 by default.
-        placement: equal steps, or placed by the kinetic energy of the path.
+        placement: equal steps in global time, or in the arc length of the path (kinetic).
+        spacing: of the steps in each smooth piece of the schedule: equal, or short at both ends (cosine).
         atol: absolute tolerance of dopri5, for every image on its own.
         rtol: relative tolerance of dopri5.
         scale: of guidance, one or one per group: AutoGuidance with --weak (1.5 by default), else classifier-free.
@@ -97,6 +98,7 @@ class DrawOptions:
     solver: str = "dopri5"
     steps: int | None = None
     placement: Literal["uniform", "kinetic"] = "uniform"
+    spacing: Literal["uniform", "cosine"] = "uniform"
     atol: float = 1e-6
     rtol: float = 1e-3
     scale: tuple[float, ...] = ()
@@ -110,8 +112,9 @@ class DrawOptions:
         from lwd.generation import SampleConfig
 
         return SampleConfig(
-            solver=self.solver, steps=self.steps, placement=self.placement, atol=self.atol, rtol=self.rtol,
-            scale=self.scale, scale_times=self.scale_times, interval=self.interval, seed=self.seed,
+            solver=self.solver, steps=self.steps, placement=self.placement, spacing=self.spacing,
+            atol=self.atol, rtol=self.rtol, scale=self.scale, scale_times=self.scale_times,
+            interval=self.interval, seed=self.seed,
         )  # fmt: skip
 
 

@@ -36,8 +36,11 @@ class FeatureExtractor(Protocol):
         settings: what else the features depend on (resize, precision), readable as JSON.
     """
 
-    name: str
-    sha256: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def sha256(self) -> str: ...
 
     @property
     def settings(self) -> dict[str, object]: ...
@@ -66,7 +69,7 @@ class ImageFeatures:
 
     Attributes:
         extractor: name, sha256 and settings of the network.
-        images: name, sha256 (None: not known), count and shape of the images.
+        images: name, sha256 (None: not known), count and shape of the images; their origin, where known.
         pool: float32 [N, D].
         logits: float32 [N, classes], if the network has them.
         statistics: of "pool", and of "spatial" if the network has it.
@@ -155,6 +158,8 @@ def extract_features(
         "count": len(source),
         "shape": list(source.shape),
     }
+    if (origin := getattr(source, "origin", None)) is not None:
+        about["origin"] = origin
     path = None
     if cache is not None and about["sha256"] is not None:
         key = json.dumps([_FORMAT, about["sha256"], about["count"], about["shape"], described], sort_keys=True)

@@ -8,11 +8,13 @@ import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from lwd.files import read_json
 
 _KEYS = ("arr_0", "images")  # ADM's, and ours for small data
 _READERS = 4
@@ -25,10 +27,12 @@ class ImageSet(Protocol):
     Attributes:
         name: where they come from, for messages and results.
         shape: (channels, height, width).
+        origin: how they were generated, as `lwd sample` records it; None where that is not known.
     """
 
     name: str
     shape: tuple[int, int, int]
+    origin: dict[str, Any] | None
 
     def __len__(self) -> int: ...
 
@@ -40,7 +44,8 @@ class ImageSet(Protocol):
 
 
 def open_images(source: str | Path | Tensor | np.ndarray | ImageSet) -> ImageSet:
-    """Images of a folder of PNGs, an npz (`arr_0`, or `images`), a tensor [N, C, H, W] or an array [N, H, W, C].
+    """Images of a directory of `lwd sample`, a folder of PNGs, an npz (`arr_0`, or `images`), a tensor [N, C, H, W] or
+    an array [N, H, W, C].
 
     Raises:
         FileNotFoundError: no such path.
@@ -55,7 +60,7 @@ def open_images(source: str | Path | Tensor | np.ndarray | ImageSet) -> ImageSet
         return source
     path = Path(source)
     if path.is_dir():
-        return PNGFolder(path)
+        return _generated(path) or PNGFolder(path)
     if not path.is_file():
         raise FileNotFoundError(f"no folder or npz file of images at {path}")
     if path.suffix != ".npz":
@@ -63,8 +68,27 @@ def open_images(source: str | Path | Tensor | np.ndarray | ImageSet) -> ImageSet
     return NpzImages(path)
 
 
+def _generated(directory: Path) -> ImageSet | None:
+    """The images in a directory of `lwd sample`; None if it is another's."""
+    if not (directory / "samples.json").is_file():
+        if (directory / "parts").is_dir() and (directory / "config.json").is_file():
+            raise ValueError(f"{directory} is a set of samples that is not finished; run its `lwd sample` again")
+        return None
+    about = read_json(directory / "samples.json")
+    if about["form"] == "latents":
+        raise ValueError(f"{directory} holds latents, not images; sample with --form png or npz")
+    images: PNGFolder | NpzImages
+    images = PNGFolder(directory / "images") if about["form"] == "png" else NpzImages(directory / "samples.npz")
+    images.name, images.origin = str(directory), about["origin"]
+    if len(images) != about["images"]:
+        raise ValueError(f"{directory} holds {len(images)} images, its samples.json tells of {about['images']}")
+    return images
+
+
 class TensorImages:
     """Images uint8 [N, C, H, W] or [N, H, W] (grey) in memory."""
+
+    origin: dict[str, Any] | None = None
 
     def __init__(self, images: Tensor, name: str = "tensor") -> None:
         if images.dtype != torch.uint8 or images.ndim not in (3, 4) or not len(images):
@@ -93,6 +117,8 @@ class NpzImages:
     Raises:
         ValueError: not an npz, no such array, another dtype or shape.
     """
+
+    origin: dict[str, Any] | None = None
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
@@ -161,6 +187,8 @@ class PNGFolder:
 
     The hash is of the files, not of the pixels: hashing takes seconds, decoding 50,000 files minutes.
     """
+
+    origin: dict[str, Any] | None = None
 
     def __init__(self, folder: Path) -> None:
         try:

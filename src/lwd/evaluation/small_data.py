@@ -18,8 +18,11 @@ import torch
 from torch import Tensor
 
 from lwd.evaluation.distances import frechet_distance
+from lwd.evaluation.images import TensorImages, open_images
 from lwd.evaluation.judge import Judge, check_images, check_labels
 from lwd.evaluation.neighbours import precision_recall
+from lwd.files import read_json
+from lwd.machine import describe_machine, describe_versions
 
 
 def evaluate_images(
@@ -82,10 +85,11 @@ def reference_features(images: Tensor, *, judge: Judge, embedded: Callable[[Tens
 def evaluate_files(
     samples: Path, reference: Path, judge: Path, *, k: int = 3, device: torch.device | str = "cpu"
 ) -> dict[str, Any]:
-    """`evaluate_images` from files, with what was compared under "settings".
+    """`evaluate_images` from files: scores under "metrics", what was compared under "generated" and "settings".
 
     Args:
-        samples: npz with `images` uint8 [N, 32, 32] and `labels` [N], the classes asked for.
+        samples: npz with `images` uint8 [N, 32, 32] and `labels` [N] (or ADM's names, `arr_0` and `arr_1`), the
+            classes asked for; or a directory of `lwd sample`.
         reference: npz of the same form, real images.
         judge: file of `Judge.save`.
 
@@ -94,7 +98,7 @@ def evaluate_files(
         ValueError: a file is damaged or holds something else, or as `evaluate_images`.
         ImportError: the embedded network is not installed (extra `demo`).
     """
-    images, labels = _read_npz(samples)
+    images, labels, origin = _read_samples(samples)
     real, _ = _read_npz(reference)
     loaded = Judge.load(judge, device)
 
@@ -109,13 +113,34 @@ def evaluate_files(
         reference=reference_features(real, judge=loaded, embedded=embedded),
         k=k,
     )
-    files = {"samples": samples, "reference": reference, "judge": judge}
     settings: dict[str, Any] = {
         name: {"path": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
-        for name, path in files.items()
+        for name, path in {"reference": reference, "judge": judge}.items()
     }
-    settings |= {"embedded": "efficientnet-lite0, pooled", "device": str(device), "torch": torch.__version__}
-    return {**scores, "settings": settings}
+    settings |= {"embedded": "efficientnet-lite0, pooled", "k": k, "reference_images": int(scores["reference_images"])}
+    measured = ("fd_embedded", "fd_judge", "precision", "recall", "accuracy")
+    digest = TensorImages(images).sha256()
+    generated = {"name": str(samples), "sha256": digest, "count": len(images), "shape": [1, *images.shape[1:]]}
+    return {
+        "metrics": {name: scores[name] for name in measured},
+        "generated": generated if origin is None else generated | {"origin": origin},
+        "settings": settings,
+        "machine": describe_machine(torch.device(device)),
+        "versions": describe_versions(),
+    }
+
+
+def _read_samples(path: Path) -> tuple[Tensor, Tensor, dict[str, Any] | None]:
+    """Images, labels and, where it is known, the origin of a directory of `lwd sample` or an npz."""
+    if not Path(path).is_dir():
+        return *_read_npz(path), None
+    source = open_images(path)
+    if source.origin is None:
+        raise ValueError(f"{path} is no directory of `lwd sample`, so the classes of its images are not known")
+    images = torch.cat(list(source.batches(250)))[:, 0]
+    classes = read_json(Path(path) / "samples.json")["classes"]
+    check_images(images)
+    return images, torch.tensor([classes[i % len(classes)] for i in range(len(images))]), source.origin
 
 
 def _read_npz(path: Path) -> tuple[Tensor, Tensor]:
@@ -124,7 +149,8 @@ def _read_npz(path: Path) -> tuple[Tensor, Tensor]:
         raise FileNotFoundError(f"no file of images at {path}")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]).to(torch.int64)
+            names = ("images", "labels") if "images" in arrays else ("arr_0", "arr_1")
+            images, labels = torch.from_numpy(arrays[names[0]]), torch.from_numpy(arrays[names[1]]).to(torch.int64)
         check_images(images)
         check_labels(labels, len(images))
     except (KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:

@@ -6,12 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from lwd.guidance import AutoGuidance, ClassifierFreeGuidance, Interval, Scale, ScaleCurve
 from lwd.objective import Denoiser
 from lwd.pipeline import Pipeline
+from lwd.placement import Spacing, kinetic_density, place_steps
+from lwd.randomness import derived_seed
+from lwd.sampling import seeded_noise
 from lwd.solvers import SOLVERS, Dopri5
 
 Placement = Literal["uniform", "kinetic"]
+PILOT_IMAGES = 16
+"""Images of the pilot run that the kinetic energy is measured on."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,9 @@ class SampleConfig:
     Args:
         solver: see `lwd.sample`; ``"dopri5"`` at the paper's tolerances by default.
         steps: of a fixed-step solver; raised to one per smooth piece of the schedule where it is less.
-        placement: whether steps are equal or placed by the kinetic energy of the path (`lwd.placement`).
+        placement: whether steps are equal in global time or in the arc length of the path, see `lwd.placement`; for
+            that a pilot run measures the kinetic energy.
+        spacing: within every smooth piece of the schedule: ``"uniform"``, or ``"cosine"``, short at both ends.
         atol, rtol: of the adaptive solver.
         scale: of guidance: one number, or one per group; empty for 1.5 with a weak model and none without.
         scale_times: global times of the knots of a scale that varies; `scale` then has a value (or one per group,
@@ -36,6 +45,7 @@ class SampleConfig:
     solver: str = "dopri5"
     steps: int | None = None
     placement: Placement = "uniform"
+    spacing: Spacing = "uniform"
     atol: float = 1e-6
     rtol: float = 1e-3
     scale: tuple[float, ...] = ()
@@ -46,8 +56,10 @@ class SampleConfig:
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise ValueError(f"unknown solver {self.solver!r}; choose one of {', '.join(SOLVERS)}")
-        if self.adaptive and (self.steps is not None or self.placement != "uniform"):
-            raise ValueError(f"{self.solver} chooses its own steps; steps and placement are for a fixed-step solver")
+        if self.adaptive and (self.steps is not None or {self.placement, self.spacing} != {"uniform"}):
+            raise ValueError(
+                f"{self.solver} chooses its own steps; steps, placement and spacing are for a fixed-step solver"
+            )
         if len(self.interval) % 2:
             raise ValueError(f"an interval is two local times, or two per group, not {self.interval}")
         if self.scale_times and (not self.scale or len(self.scale) % len(self.scale_times)):
@@ -69,9 +81,15 @@ class SampleConfig:
         if self.adaptive:
             return None
         steps = max(50 if self.steps is None else self.steps, len(pipeline.schedule.kinks) + 1)
-        if self.placement == "uniform":
+        if self.placement == self.spacing == "uniform":
             return steps
-        raise NotImplementedError
+        density = None
+        if self.placement == "kinetic":
+            seeds = [derived_seed(0, "placement", i) for i in range(PILOT_IMAGES)]
+            labels = torch.arange(PILOT_IMAGES, device=pipeline.device) % pipeline.config.num_classes
+            noise = seeded_noise(seeds, pipeline.latent_shape, pipeline.device)
+            density = kinetic_density(self.guided(pipeline), pipeline.schedule, noise, labels, spec=pipeline.spec)
+        return place_steps(pipeline.schedule, steps, density, spacing=self.spacing)
 
     def describe(self, pipeline: Pipeline) -> dict[str, Any]:
         """The origin of images drawn so, as JSON: model, schedule, guidance, solver, seed."""
@@ -80,6 +98,7 @@ class SampleConfig:
             "solver": self.solver,
             "steps": None if self.adaptive else (50 if self.steps is None else self.steps),
             "placement": self.placement,
+            "spacing": self.spacing,
             "atol": self.atol if self.adaptive else None,
             "rtol": self.rtol if self.adaptive else None,
             "precision": pipeline.precision,

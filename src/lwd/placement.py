@@ -125,7 +125,7 @@ def place_steps(
     ends = np.interp(stops, edges, length).tolist()
     shares = share_steps(list(pairwise(ends)), steps)
     times = [0.0]
-    for (start, end), (first, last), n in zip(pairwise(stops), pairwise(ends), shares, strict=True):
+    for end, (first, last), n in zip(stops[1:], pairwise(ends), shares, strict=True):
         part = np.arange(1, n) / n
         if spacing == "cosine":
             part = (1 - np.cos(np.pi * part)) / 2

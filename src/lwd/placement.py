@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, cast, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -75,30 +75,25 @@ def kinetic_density(
     """
     spec = resolve_spec(spec, denoiser, noise.shape[1], schedule.groups)
     pilot = _Pilot(denoiser, spec)
-    sample(cast(Denoiser, pilot), schedule, noise, labels, solver="midpoint", steps=points, spec=spec)
+    edges = place_steps(schedule, points)
+    sample(pilot, schedule, noise, labels, solver="midpoint", steps=edges, spec=spec)
+    middles = torch.tensor([(a + b) / 2 for a, b in pairwise(edges)], dtype=torch.float64)
+    dt = schedule.frozen().cpu().local_times(middles).dt
     # Every second evaluation is at the middle of a cell, the others at its start.
-    starts, middles = pilot.taus[0::2], pilot.taus[1::2]
-    tau = torch.tensor(middles, dtype=torch.float64)
-    with torch.no_grad():
-        dt = schedule.frozen().cpu().local_times(tau).dt
     squares = torch.stack(pilot.squares[1::2]).cpu().double()
-    return KineticDensity((*starts, 1.0), tuple((dt**2 * squares).sum(dim=1).tolist()))
+    return KineticDensity(tuple(edges), tuple((dt**2 * squares).sum(dim=1).tolist()))
 
 
 class _Pilot:
     """A denoiser that notes ||v_g||^2 / d_g of every evaluation, mean over its images, [G]."""
 
-    needs_tau = True
-
     def __init__(self, denoiser: Denoiser, spec: LatentSpec) -> None:
         self.denoiser, self.spec = denoiser, spec
-        self.taus: list[float] = []
+        self.needs_tau = getattr(denoiser, "needs_tau", False)
         self.squares: list[Tensor] = []
 
-    def __call__(self, z: Tensor, t: Tensor, labels: Tensor, *, tau: Tensor) -> Tensor:
-        options = {"tau": tau} if getattr(self.denoiser, "needs_tau", False) else {}
-        v = cast(Any, self.denoiser)(z, t, labels, **options)
-        self.taus.append(float(tau[0]))
+    def __call__(self, z: Tensor, t: Tensor, labels: Tensor, **options: Tensor) -> Tensor:
+        v = self.denoiser(z, t, labels, **options)
         self.squares.append(self.spec.group_mean(v.to(z.dtype) ** 2).mean(dim=0))
         return v
 

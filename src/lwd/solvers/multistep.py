@@ -90,9 +90,9 @@ class ExponentialMultistep:
 
         z_g(t) = (1 - t)/(1 - s) z_g(s) + (1 - t) int e^lambda x1_g(lambda) dlambda
 
-    with x1_g interpolated by a polynomial in lambda_g through its last values. The clock has no ends: from t = 0
-    (lambda = -inf) and to t = 1 (+inf) a step is of first order, which is Euler's, and a value at t = 0 is not looked
-    back to.
+    with x1_g interpolated by a polynomial in lambda_g through its last values, and that integrated exactly (the paper's
+    2M rounds the second coefficient to leading order). The clock has no ends: from t = 0 (lambda = -inf) and to t = 1
+    (+inf) a step is of first order, which is Euler's and DDIM's, and a value at t = 0 is not looked back to.
     """
 
     order: int

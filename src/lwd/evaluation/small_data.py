@@ -7,7 +7,6 @@ a judge that never saw a latent. Neither distance is an FID.
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,8 +17,10 @@ import torch
 from torch import Tensor
 
 from lwd.evaluation.distances import frechet_distance
+from lwd.evaluation.images import SAMPLES, open_images, open_samples
 from lwd.evaluation.judge import Judge, check_images, check_labels
 from lwd.evaluation.neighbours import precision_recall
+from lwd.files import read_json, sha256_of
 
 
 def evaluate_images(
@@ -85,8 +86,9 @@ def evaluate_files(
     """`evaluate_images` from files, with what was compared under "settings".
 
     Args:
-        samples: npz with `images` uint8 [N, 32, 32] and `labels` [N], the classes asked for.
-        reference: npz of the same form, real images.
+        samples: npz with `images` uint8 [N, 32, 32] and `labels` [N], the classes asked for (or `arr_0` and `arr_1`,
+            ADM's names); or a directory that `lwd sample` wrote.
+        reference: of the same form, real images.
         judge: file of `Judge.save`.
 
     Raises:
@@ -94,8 +96,8 @@ def evaluate_files(
         ValueError: a file is damaged or holds something else, or as `evaluate_images`.
         ImportError: the embedded network is not installed (extra `demo`).
     """
-    images, labels = _read_npz(samples)
-    real, _ = _read_npz(reference)
+    images, labels = _read_labelled(Path(samples))
+    real, _ = _read_labelled(Path(reference))
     loaded = Judge.load(judge, device)
 
     from lwd.encoders.efficientnet import EfficientNetFeatures
@@ -110,25 +112,51 @@ def evaluate_files(
         k=k,
     )
     files = {"samples": samples, "reference": reference, "judge": judge}
-    settings: dict[str, Any] = {
-        name: {"path": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
-        for name, path in files.items()
-    }
+    settings: dict[str, Any] = {name: _described(Path(path)) for name, path in files.items()}
     settings |= {"embedded": "efficientnet-lite0, pooled", "device": str(device), "torch": torch.__version__}
     return {**scores, "settings": settings}
 
 
-def _read_npz(path: Path) -> tuple[Tensor, Tensor]:
-    """Images and int64 labels of an npz file; errors name the file."""
-    if not Path(path).is_file():
+def _described(path: Path) -> dict[str, Any]:
+    """Where a file or a set of samples is, its hash, and how it was generated where that is known."""
+    if not path.is_dir():
+        return {"path": str(path), "sha256": sha256_of(path)}
+    found = open_samples(path)
+    return {"path": str(path), "sha256": found.sha256()} | ({} if found.origin is None else {"origin": found.origin})
+
+
+def _read_labelled(path: Path) -> tuple[Tensor, Tensor]:
+    """Images and int64 labels of an npz file or a set of samples; errors name it."""
+    if path.is_dir():
+        return _read_samples(path)
+    if not path.is_file():
         raise FileNotFoundError(f"no file of images at {path}")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]).to(torch.int64)
+            keys = ("arr_0", "arr_1") if "arr_0" in arrays else ("images", "labels")
+            images, labels = torch.from_numpy(arrays[keys[0]]), torch.from_numpy(arrays[keys[1]]).to(torch.int64)
         check_images(images)
         check_labels(labels, len(images))
     except (KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{path} is not an npz of `images` uint8 [N, 32, 32] and `labels` [N], or is damaged ({error})"
+            f"{path} is not an npz of `images` uint8 [N, 32, 32] and `labels` [N] (or `arr_0` and `arr_1`), or is "
+            f"damaged ({error})"
         ) from error
+    return images, labels
+
+
+def _read_samples(directory: Path) -> tuple[Tensor, Tensor]:
+    found = open_images(directory)
+    if not (directory / SAMPLES).is_file():
+        raise ValueError(f"{directory} is not a set that `lwd sample` wrote, so the classes of its images are unknown")
+    if found.shape[0] != 1:
+        raise ValueError(f"{directory} has images in colour; the judge sees grey ones of 32 x 32")
+    images = torch.cat(list(found.batches(1024)))[:, 0]
+    classes = torch.as_tensor(read_json(directory / SAMPLES)["classes"], dtype=torch.int64)
+    labels = classes[torch.arange(len(images)) % len(classes)]
+    try:
+        check_images(images)
+        check_labels(labels, len(images))
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
     return images, labels

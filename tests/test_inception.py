@@ -110,10 +110,17 @@ def test_spatial_features_are_channels_last(network):
 
 
 def test_features_refuse_other_images(network):
-    with pytest.raises(ValueError, match=r"uint8 images \[N, 3, H, W\], got torch.float32"):
+    with pytest.raises(ValueError, match=r"uint8 images \[N, 3, H, W\], or grey .*, got torch.float32"):
         network.features(torch.zeros(1, 3, 8, 8))
-    with pytest.raises(ValueError, match=r"\[2, 1, 8, 8\]"):
-        network.features(torch.zeros(2, 1, 8, 8, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"\[2, 4, 8, 8\]"):
+        network.features(torch.zeros(2, 4, 8, 8, dtype=torch.uint8))
+
+
+def test_grey_images_are_seen_in_three_equal_channels(network):
+    grey = fixture_images()[1][:, :1]
+    expected = network.features(grey.expand(-1, 3, -1, -1).contiguous())
+    for key, value in network.features(grey).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-5)
 
 
 def test_scores_by_inception_from_images_to_result(network):
@@ -142,7 +149,7 @@ def test_the_command_scores_by_the_protocol_and_marks_what_is_not(network, tmp_p
     images = torch.randint(0, 256, (8, 3, 32, 32), generator=torch.Generator().manual_seed(4)).byte()
     for name, part in (("real", images[:4]), ("fake", images[4:])):
         np.savez(tmp_path / f"{name}.npz", arr_0=part.movedim(1, -1).numpy())
-    monkeypatch.setattr("lwd.evaluation.networks.load_inception", lambda *_: network)
+    monkeypatch.setattr("lwd.evaluation.networks.load_inception", lambda *_, **__: network)
     command = f"evaluate --samples {tmp_path}/fake.npz --reference {tmp_path}/real.npz --distances float64 --device cpu"
     cli.main([*command.split(), "--out", str(tmp_path / "scores.json"), "--cache", str(tmp_path / "cache")])
     (written,) = json.loads((tmp_path / "scores.json").read_text())["results"]

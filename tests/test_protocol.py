@@ -102,7 +102,7 @@ def test_stored_npz_is_mapped_and_not_read_whole(tmp_path, monkeypatch):
     assert torch.equal(next(source.batches(2)), pictures(5)[:2])
 
 
-def test_grey_images_keep_one_channel_in_arrays_and_get_three_from_pngs(tmp_path):
+def test_grey_images_keep_one_channel_and_get_three_among_images_in_colour(tmp_path):
     grey = pictures(4)[:, 0]
     np.savez(tmp_path / "grey.npz", images=grey.numpy(), labels=np.arange(4))
     assert torch.equal(next(open_images(tmp_path / "grey.npz").batches(4)), grey[:, None])
@@ -110,7 +110,13 @@ def test_grey_images_keep_one_channel_in_arrays_and_get_three_from_pngs(tmp_path
     folder.mkdir()
     for i, image in enumerate(grey):
         Image.fromarray(image.numpy()).save(folder / f"{i}.png")
-    assert torch.equal(next(PNGFolder(folder).batches(4)), grey[:, None].expand(-1, 3, -1, -1))
+    opened = PNGFolder(folder)
+    assert opened.shape == (1, 8, 8)
+    assert torch.equal(next(opened.batches(4)), grey[:, None])
+    colour = pictures(1)[0]
+    Image.fromarray(colour.permute(1, 2, 0).numpy()).save(folder / "4.png")
+    mixed = torch.cat(list(PNGFolder(folder).batches(2)))
+    assert torch.equal(mixed, torch.cat([grey[:, None].expand(-1, 3, -1, -1), colour[None]]))
 
 
 def test_bad_images_are_named(tmp_path):
@@ -239,8 +245,8 @@ def test_scores_are_those_of_the_features():
         "fd_corner": pytest.approx(frechet_distance(a["pool"], b["pool"]), rel=1e-10),
         "sfd_corner": pytest.approx(frechet_distance(a["spatial"], b["spatial"]), rel=1e-10),
         "inception_score_corner": pytest.approx(inception_score(b["logits"].double().softmax(1)), rel=1e-12),
-        "precision": near.precision,
-        "recall": near.recall,
+        "precision_corner": near.precision,
+        "recall_corner": near.recall,
     }
     assert 0 < near.precision < 1
 
@@ -393,7 +399,7 @@ def test_stored_statistics_and_features_as_reference(tmp_path):
     assert score_images(fake, features.save(tmp_path / "f.safetensors"), Counting()).metrics == pytest.approx(full)
     result = score_images(fake, features.statistics["pool"].save(tmp_path / "s.safetensors"), Counting())
     assert result.metrics["fd_corner"] == pytest.approx(full["fd_corner"], rel=1e-9)
-    assert "precision" not in result.metrics
+    assert not {"precision", "precision_corner", "recall_corner"} & result.metrics.keys()
     assert "no precision and recall: the reference is statistics alone, without images" in result.deviations
     direct = score_images(fake, features.statistics["pool"], Counting())
     assert direct.metrics["fd_corner"] == result.metrics["fd_corner"]
@@ -438,7 +444,7 @@ def test_references_that_do_not_fit_are_refused(tmp_path):
 
 def test_too_few_images_for_neighbours_are_scored_without(tmp_path):
     result = score_images(pictures(3), pictures(40), Counting())
-    assert "precision" not in result.metrics
+    assert not {"precision", "precision_corner", "recall_corner"} & result.metrics.keys()
     assert "no precision and recall: they need more than k = 3 images in each set" in result.deviations
 
 

@@ -133,25 +133,10 @@ class FoundationFeatures:
             ImportError: transformers is not installed.
             ValueError: an unsupported network; weights that are damaged, or not those of the network, with the keys.
         """
-        try:
-            import transformers
-        except ImportError as error:
-            raise ImportError('DINOv2 and CLIP need an extra: pip install "lwd[encoders]"') from error
-        path = _locate(source)
-        kind = _kind(path) if path.is_dir() else "dinov2_with_registers"
-        network = getattr(transformers, NETWORKS[kind])
-        files = _find_weights(path) if path.is_dir() else [path]
-        if not files:
-            raise FileNotFoundError(f"{path} has no {' or '.join(WEIGHT_FILES)}; {_advice()}")
-        state = {name: tensor for file in files for name, tensor in _read_weights(file).items()}
-        if path.is_dir():
-            config = network.config_class.from_pretrained(path)
-            state = _vision_tower(state) if kind.startswith("clip") else state
-        else:
-            settings, state = _from_dinov2_names(state, path)
-            config = network.config_class(**settings)
-        model = _build(network, config, state, path).to(device)
-        described = {"source": str(source), "sha256": _sha256(files)}
+        model, sha256 = load_network(source, device)
+        if model.config.model_type == "dinov2" and Path(source).expanduser().is_file():
+            raise ValueError(f"{source} is a DINOv2 without registers; give a file whose name has reg4 in it")
+        described = {"source": str(source), "sha256": sha256}
         return cls(model, **described, image_size=image_size, grid=grid, precision=precision)
 
     @torch.no_grad()
@@ -186,6 +171,37 @@ class FoundationFeatures:
         if self.grid != self._tokens:
             maps = F.interpolate(maps, self.grid, mode="bilinear", align_corners=False)
         return maps.contiguous()
+
+
+def load_network(source: str | Path, device: torch.device | str = "cpu") -> tuple[Any, str]:
+    """The network itself, as transformers has it, in float32; and the SHA-256 of its weights' file.
+
+    Args:
+        source: as for `FoundationFeatures.load`; also a file ``dinov2_vit[sbl]14_pretrain.pth``, without registers.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as `FoundationFeatures.load`.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError('DINOv2 and CLIP need an extra: pip install "lwd[encoders]"') from error
+    path = _locate(source)
+    files = _find_weights(path) if path.is_dir() else [path]
+    kind = _kind(path) if path.is_dir() else None
+    if not files:
+        raise FileNotFoundError(f"{path} has no {' or '.join(WEIGHT_FILES)}; {_advice()}")
+    state = {name: tensor for file in files for name, tensor in _read_weights(file).items()}
+    if kind is not None:
+        network = getattr(transformers, NETWORKS[kind])
+        config = network.config_class.from_pretrained(path)
+        state = _vision_tower(state) if kind.startswith("clip") else state
+    else:
+        settings, state = _from_dinov2_names(state, path)
+        kind = "dinov2_with_registers" if "num_register_tokens" in settings else "dinov2"
+        network = getattr(transformers, NETWORKS[kind])
+        config = network.config_class(**settings)
+    return _build(network, config, state, path).to(device).eval(), _sha256(files)
 
 
 # --- where the weights are ---------------------------------------------------------------------------------------
@@ -318,11 +334,11 @@ _RENAMES = (
 
 
 def _from_dinov2_names(state: Mapping[str, Tensor], path: Path) -> tuple[dict[str, int], dict[str, Tensor]]:
-    """Settings for `Dinov2WithRegistersConfig`, and the weights under the names that transformers reads."""
+    """Settings for `Dinov2WithRegistersConfig`, or `Dinov2Config`, and the weights under transformers' names."""
     sizes = {"patch_embed.proj.weight", "pos_embed", "register_tokens", "blocks.0.mlp.fc1.weight"}
-    if sizes - state.keys() == {"register_tokens"}:
-        raise ValueError(f"{path} is a DINOv2 without registers; give a file whose name has reg4 in it")
-    _check_keys(path, sizes - state.keys(), ())
+    missing = sizes - state.keys()
+    _check_keys(path, missing if missing != {"register_tokens"} else (), ())
+    registers = {"num_register_tokens": state["register_tokens"].shape[1]} if "register_tokens" in state else {}
     renamed = {}
     for key, tensor in state.items():
         for pattern, replacement in _RENAMES:
@@ -340,5 +356,5 @@ def _from_dinov2_names(state: Mapping[str, Tensor], path: Path) -> tuple[dict[st
         "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] // width,
         "patch_size": patch,
         "image_size": math.isqrt(state["pos_embed"].shape[1] - 1) * patch,
-        "num_register_tokens": state["register_tokens"].shape[1],
+        **registers,
     }, renamed

@@ -6,7 +6,7 @@ from lwd.evaluation.images import ImageSet, open_images
 from lwd.evaluation.inception import FIDInception, load_inception
 from lwd.evaluation.judge import Judge, train_judge
 from lwd.evaluation.neighbours import PrecisionRecall, precision_recall
-from lwd.evaluation.networks import ClassTokens, feature_extractor
+from lwd.evaluation.networks import NETWORKS, ClassToken, EmbeddedNetwork, feature_extractor
 from lwd.evaluation.protocol import ADM, Evaluation, ProtocolSettings, score_images
 from lwd.evaluation.reference import Reference, load_reference
 from lwd.evaluation.small_data import evaluate_files, evaluate_images, reference_features
@@ -14,7 +14,9 @@ from lwd.evaluation.statistics import FeatureStatistics
 
 __all__ = [
     "ADM",
-    "ClassTokens",
+    "NETWORKS",
+    "ClassToken",
+    "EmbeddedNetwork",
     "Evaluation",
     "FIDInception",
     "FeatureExtractor",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,13 +35,11 @@ class FeatureExtractor(Protocol):
         name: a word for names of metrics and files, such as "dinov2".
         sha256: of its weights.
         settings: what else the features depend on (resize, precision), readable as JSON.
+        device: optional; where the network is. For a GPU batches are read into pinned memory.
     """
 
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def sha256(self) -> str: ...
+    name: str
+    sha256: str
 
     @property
     def settings(self) -> dict[str, object]: ...
@@ -69,7 +68,7 @@ class ImageFeatures:
 
     Attributes:
         extractor: name, sha256 and settings of the network.
-        images: name, sha256 (None: not known), count and shape of the images; their origin, where known.
+        images: name, sha256 (None: not known), count, shape and (where known) origin of the images.
         pool: float32 [N, D].
         logits: float32 [N, classes], if the network has them.
         statistics: of "pool", and of "spatial" if the network has it.
@@ -152,13 +151,14 @@ def extract_features(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     described = {"name": extractor.name, "sha256": extractor.sha256, "settings": dict(extractor.settings)}
-    about = {
+    about: dict[str, Any] = {
         "name": source.name,
         "sha256": source.sha256(),
         "count": len(source),
         "shape": list(source.shape),
     }
-    if (origin := getattr(source, "origin", None)) is not None:
+    origin = getattr(source, "origin", None)
+    if origin is not None:
         about["origin"] = origin
     path = None
     if cache is not None and about["sha256"] is not None:
@@ -187,49 +187,115 @@ def _cached(path: Path) -> ImageFeatures | None:
 def _extract(
     source: ImageSet, extractor: FeatureExtractor, batch_size: int, progress: Progress | None
 ) -> tuple[Tensor, Tensor | None, dict[str, FeatureStatistics]]:
-    total, done = len(source), 0
-    kept: dict[str, Tensor] = {}  # pool and logits of all images
-    waiting: list[Tensor] = []  # spatial features not yet in their statistics, which are all that is kept of them
-    spatial: FeatureStatistics | None = None
-    for batch in source.batches(batch_size):
-        result = {key: torch.as_tensor(value).detach() for key, value in extractor.features(batch).items()}
-        _check(result, batch, done, source.name, extractor.name)
-        for key in ("pool", "logits"):
-            if key in result:
-                if key not in kept:
-                    kept[key] = torch.empty(total, result[key].shape[1])
-                kept[key][done : done + len(batch)] = result[key].to("cpu", torch.float32)
-        if "spatial" in result:
-            waiting.append(result["spatial"])
-            if spatial is None:
-                spatial = FeatureStatistics.empty(result["spatial"].shape[1], result["spatial"].device)
-        done += len(batch)
-        if spatial is not None and (len(waiting) * batch_size >= _ROWS or done == total):
-            spatial.update(torch.cat(waiting))
-            waiting.clear()
+    total = len(source)
+    rows = _Rows(total, source.name, extractor.name)
+    device = getattr(extractor, "device", None)
+    before: _Computed | None = None
+    for batch in _read_ahead(source.batches(batch_size), pin=device is not None and device.type == "cuda"):
+        computed = rows.start(extractor.features(batch), len(batch))
+        if before is not None:  # a GPU is at work on this batch while the one before is put away
+            rows.take(before)
+            if progress is not None:
+                progress(rows.done, total)
+        before = computed
+    if before is not None:
+        rows.take(before)
         if progress is not None:
-            progress(done, total)
-    if done != total:
-        raise ValueError(f"{source.name} announced {total} images but gave {done}")
-    pool = FeatureStatistics.empty(kept["pool"].shape[1])
-    for rows in kept["pool"].split(4 * _ROWS):
-        pool.update(rows)
-    return kept["pool"], kept.get("logits"), {"pool": pool} | ({} if spatial is None else {"spatial": spatial})
+            progress(rows.done, total)
+    if rows.done != total:
+        raise ValueError(f"{source.name} announced {total} images but gave {rows.done}")
+    return rows.kept["pool"], rows.kept.get("logits"), rows.statistics()
 
 
-def _check(result: Mapping[str, Tensor], batch: Tensor, start: int, images: str, network: str) -> None:
-    if "pool" not in result:
-        raise ValueError(f"the network {network} gives no 'pool' features, only {sorted(result)}")
-    for key, value in result.items():
-        if value.ndim != 2 or len(value) != len(batch):
-            raise ValueError(f"{network}: {key!r} must have shape [{len(batch)}, features], got {list(value.shape)}")
-        bad = ~torch.isfinite(value).all(dim=1)
-        if bad.any():
-            first = start + int(bad.nonzero()[0])
-            raise ValueError(
-                f"{key!r} features by {network} are NaN or infinite for {int(bad.sum())} of images {start} to "
-                f"{start + len(batch) - 1} of {images}, first for image {first}"
-            )
+def _read_ahead(batches: Iterator[Tensor], *, pin: bool) -> Iterator[Tensor]:
+    """The same batches, each read by a thread (and put into pinned memory) while the one before is in use."""
+
+    def read() -> Tensor | None:
+        batch = next(batches, None)
+        return batch.pin_memory() if pin and batch is not None and batch.device.type == "cpu" else batch
+
+    with ThreadPoolExecutor(1, "lwd-images") as reader:
+        ahead = reader.submit(read)
+        while (batch := ahead.result()) is not None:
+            ahead = reader.submit(read)
+            yield batch
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """Features of a batch on their way to the CPU, and for each of their images whether they are finite."""
+
+    values: dict[str, Tensor]
+    finite: dict[str, Tensor]
+    count: int
+    arrived: torch.cuda.Event | None
+
+
+class _Rows:
+    """Features of all images, batch after batch, and their statistics."""
+
+    def __init__(self, total: int, images: str, network: str) -> None:
+        self.total, self.images, self.network = total, images, network
+        self.done = 0
+        self.kept: dict[str, Tensor] = {}  # pool and logits of all images
+        self._waiting: list[Tensor] = []  # spatial features not yet in their statistics, all that is kept of them
+        self._spatial: FeatureStatistics | None = None
+
+    def start(self, result: Mapping[str, Tensor | np.ndarray], count: int) -> _Computed:
+        """Check shapes, and send a batch's features to the CPU without waiting for a GPU."""
+        values, finite = {}, {}
+        tensors = {key: torch.as_tensor(value).detach() for key, value in result.items()}
+        if "pool" not in tensors:
+            raise ValueError(f"the network {self.network} gives no 'pool' features, only {sorted(tensors)}")
+        arrived = None
+        for key, value in tensors.items():
+            if value.ndim != 2 or len(value) != count:
+                found = f"got {list(value.shape)}"
+                raise ValueError(f"{self.network}: {key!r} must have shape [{count}, features], {found}")
+            finite[key] = torch.isfinite(value).all(dim=1).to("cpu", non_blocking=True)
+            values[key] = value if key == "spatial" else value.float().to("cpu", non_blocking=True)
+            if value.is_cuda:
+                arrived = torch.cuda.Event()
+                arrived.record(torch.cuda.current_stream(value.device))
+        return _Computed(values, finite, count, arrived)
+
+    def take(self, batch: _Computed) -> None:
+        """Put away what `start` gave; ValueError naming the first image with features that are not finite."""
+        if batch.arrived is not None:
+            batch.arrived.synchronize()
+        start, end = self.done, self.done + batch.count
+        for key, finite in batch.finite.items():
+            if not finite.all():
+                first = start + int((~finite).nonzero()[0])
+                raise ValueError(
+                    f"{key!r} features by {self.network} are NaN or infinite for {int((~finite).sum())} of images "
+                    f"{start} to {end - 1} of {self.images}, first for image {first}"
+                )
+        for key in ("pool", "logits"):
+            if key in batch.values:
+                if key not in self.kept:
+                    self.kept[key] = torch.empty(self.total, batch.values[key].shape[1])
+                self.kept[key][start:end] = batch.values[key]
+        if "spatial" in batch.values:
+            self._waiting.append(batch.values["spatial"])
+            if sum(map(len, self._waiting)) >= _ROWS:
+                self._take_spatial()
+        self.done = end
+
+    def _take_spatial(self) -> None:
+        features = torch.cat(self._waiting)
+        self._waiting.clear()
+        if self._spatial is None:
+            self._spatial = FeatureStatistics.empty(features.shape[1], features.device)
+        self._spatial.update(features)
+
+    def statistics(self) -> dict[str, FeatureStatistics]:
+        pool = FeatureStatistics.empty(self.kept["pool"].shape[1])
+        for rows in self.kept["pool"].split(4 * _ROWS):
+            pool.update(rows)
+        if self._waiting:
+            self._take_spatial()
+        return {"pool": pool} | ({} if self._spatial is None else {"spatial": self._spatial})
 
 
 def _digest(described: str, tensors: Mapping[str, Tensor]) -> str:

@@ -1,8 +1,12 @@
-"""Sets of images to be scored: a folder of PNGs, an npz, a tensor. Read in batches, never whole, never twice."""
+"""Sets of images to be scored: what `lwd sample` wrote, a folder of PNGs, an npz, a tensor.
+
+They are read in batches, never whole, never twice.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -16,8 +20,11 @@ from torch import Tensor
 
 from lwd.files import read_json
 
+SAMPLES, SAMPLES_FORMAT = "samples.json", "lwd-samples/1"
+"""What `lwd sample` writes last, into the directory of a set, and its format."""
+
 _KEYS = ("arr_0", "images")  # ADM's, and ours for small data
-_READERS = 4
+_READERS = min(16, max(4, os.cpu_count() or 4))
 _CHUNK = 1 << 24
 
 
@@ -27,12 +34,11 @@ class ImageSet(Protocol):
     Attributes:
         name: where they come from, for messages and results.
         shape: (channels, height, width).
-        origin: how they were generated, as `lwd sample` records it; None where that is not known.
+        origin: optional; how they were generated, as `lwd sample` notes it. Results repeat it.
     """
 
     name: str
     shape: tuple[int, int, int]
-    origin: dict[str, Any] | None
 
     def __len__(self) -> int: ...
 
@@ -44,12 +50,14 @@ class ImageSet(Protocol):
 
 
 def open_images(source: str | Path | Tensor | np.ndarray | ImageSet) -> ImageSet:
-    """Images of a directory of `lwd sample`, a folder of PNGs, an npz (`arr_0`, or `images`), a tensor [N, C, H, W] or
-    an array [N, H, W, C].
+    """Images of a set of `lwd sample`, a folder of PNGs, an npz, a tensor [N, C, H, W] or an array [N, H, W, C].
+
+    An npz has its images in `arr_0` or `images`. Of a set that `lwd sample` wrote, `origin` says how it was made.
 
     Raises:
         FileNotFoundError: no such path.
-        ValueError: an empty folder, a file that is neither, images that are not uint8 or that differ in size.
+        ValueError: a set of samples that is unfinished or of latents; an empty folder, a file that is neither, images
+            that are not uint8 or that differ in size.
         ImportError: Pillow is missing (PNGs).
     """
     if isinstance(source, Tensor):
@@ -60,7 +68,10 @@ def open_images(source: str | Path | Tensor | np.ndarray | ImageSet) -> ImageSet
         return source
     path = Path(source)
     if path.is_dir():
-        return _generated(path) or PNGFolder(path)
+        if (path / SAMPLES).is_file():
+            return open_samples(path)
+        _refuse_other_runs(path)
+        return PNGFolder(path)
     if not path.is_file():
         raise FileNotFoundError(f"no folder or npz file of images at {path}")
     if path.suffix != ".npz":
@@ -68,21 +79,44 @@ def open_images(source: str | Path | Tensor | np.ndarray | ImageSet) -> ImageSet
     return NpzImages(path)
 
 
-def _generated(directory: Path) -> ImageSet | None:
-    """The images in a directory of `lwd sample`; None if it is another's."""
-    if not (directory / "samples.json").is_file():
-        if (directory / "parts").is_dir() and (directory / "config.json").is_file():
-            raise ValueError(f"{directory} is a set of samples that is not finished; run its `lwd sample` again")
-        return None
-    about = read_json(directory / "samples.json")
-    if about["form"] == "latents":
-        raise ValueError(f"{directory} holds latents, not images; sample with --form png or npz")
-    images: PNGFolder | NpzImages
-    images = PNGFolder(directory / "images") if about["form"] == "png" else NpzImages(directory / "samples.npz")
-    images.name, images.origin = str(directory), about["origin"]
-    if len(images) != about["images"]:
-        raise ValueError(f"{directory} holds {len(images)} images, its samples.json tells of {about['images']}")
+def open_samples(directory: Path) -> NpzImages | PNGFolder:
+    """The images of a finished set that `lwd sample` wrote; ValueError if they are latents, or not all there."""
+    found = read_json(directory / SAMPLES)
+    if not isinstance(found, dict) or found.get("format") != SAMPLES_FORMAT:
+        raise ValueError(f"{directory / SAMPLES} is not of the format {SAMPLES_FORMAT}; draw the samples again")
+    form = found.get("form")
+    if form == "latents":
+        raise ValueError(
+            f"{directory} holds latents, which have to be decoded before they are scored: run its `lwd sample` again "
+            "without `--form latents`"
+        )
+    if form == "png":
+        images: NpzImages | PNGFolder = PNGFolder(directory / "images")
+    elif form == "npz":
+        images = NpzImages(directory / "samples.npz")
+    else:
+        raise ValueError(f"{directory / SAMPLES} says form {form!r}; there are png, npz and latents")
+    if len(images) != found.get("images"):
+        raise ValueError(
+            f"{directory} has {len(images)} images, its {SAMPLES} says {found.get('images')}: files were added or "
+            "lost; draw the samples again"
+        )
+    images.name, images.origin = str(directory), found.get("origin")
     return images
+
+
+def _refuse_other_runs(directory: Path) -> None:
+    """ValueError for directories of ours that are no finished images, though PNG files may lie in them."""
+    if (directory / "manifest.json").is_file():
+        raise ValueError(f"{directory} is a set of latents; give the images that it was encoded from, or decoded ones")
+    config = directory / "config.json"
+    settings = read_json(config) if config.is_file() else None
+    if not isinstance(settings, dict) or "command" not in settings:
+        return
+    command = str(settings["command"])
+    if command.split()[1:2] in (["train"], ["probe"], ["demo"]):
+        raise ValueError(f"{directory} is what `{command}` wrote, not a set of images; draw some with `lwd sample`")
+    raise ValueError(f"{directory} is an unfinished set of samples (no {SAMPLES}); run its command again: {command}")
 
 
 class TensorImages:
@@ -140,6 +174,7 @@ class NpzImages:
             raise ValueError(
                 f"{path}: {key} must be uint8 [N, H, W, 3] with N >= 1, got {dtype} {list(shape)}"
                 + (" in Fortran order" if fortran else "")
+                + ("; latents have to be decoded, and images rounded to 8 bits, first" if dtype.kind == "f" else "")
             )
         self._count = shape[0]
         self._stored: tuple[int, ...] = tuple(shape[1:])
@@ -185,7 +220,8 @@ class NpzImages:
 class PNGFolder:
     """PNG files under a folder in the order of their names, 8 bits, grey or RGB. Decoded by a few threads, ahead.
 
-    The hash is of the files, not of the pixels: hashing takes seconds, decoding 50,000 files minutes.
+    Grey files among files in colour are read as colour; where all are grey, so is the set. The hash is of the files,
+    not of the pixels: hashing takes seconds, decoding 50,000 files minutes.
     """
 
     origin: dict[str, Any] | None = None
@@ -199,9 +235,11 @@ class PNGFolder:
         self.files = sorted((p for p in folder.rglob("*") if p.suffix.lower() == ".png"), key=lambda p: p.as_posix())
         if not self.files:
             others = sorted({p.suffix or p.name for p in folder.iterdir()})
-            raise ValueError(f"{folder} holds no PNG files" + (f" (but {', '.join(others[:5])})" if others else ""))
-        self.shape = _read_png(self.files[0]).shape
-        if self.shape[0] == 1:  # one grey file does not make a grey set; Inception asks for three channels
+            hint = "; latents have to be decoded to images first" if ".safetensors" in others else ""
+            held = f" (but {', '.join(others[:5])})" if others else ""
+            raise ValueError(f"{folder} holds no PNG files{held}{hint}")
+        self.shape: tuple[int, int, int] = _read_png(self.files[0]).shape
+        if self.shape[0] == 1 and not all(map(_is_grey, self.files)):
             self.shape = (3, *self.shape[1:])
 
     def __len__(self) -> int:
@@ -249,6 +287,12 @@ def _read_png(file: Path) -> np.ndarray:
     except (OSError, ValueError, SyntaxError) as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     return array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def _is_grey(file: Path) -> bool:
+    """By the header: colour type 0 follows the signature, the IHDR chunk's frame, two sizes and the depth."""
+    with open(file, "rb") as opened:
+        return opened.read(26)[25:] == b"\0"
 
 
 def _to_channels_first(array: np.ndarray, name: str) -> Tensor:

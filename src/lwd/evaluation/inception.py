@@ -206,6 +206,10 @@ class FIDInception(nn.Module):
         self.fc = nn.Linear(2048, 1008)
 
     @property
+    def device(self) -> torch.device:
+        return self.fc.weight.device
+
+    @property
     def settings(self) -> dict[str, object]:
         """What else the features depend on."""
         return {"resize": f"TensorFlow-1 bilinear to {SIZE}", "precision": "float32", "tf32": self.tf32}
@@ -230,7 +234,7 @@ class FIDInception(nn.Module):
         """Features of images in 0 .. 255, on the device of the network, in float32 without autocast.
 
         Args:
-            images: uint8 [N, 3, H, W], any size and device; passed on in parts of `max_batch`.
+            images: uint8 [N, 3, H, W], or grey [N, 1, H, W], any size and device; passed on in parts of `max_batch`.
 
         Returns:
             pool: [N, 2048], the last average pool ("pool_3", for FID, precision and recall).
@@ -239,13 +243,16 @@ class FIDInception(nn.Module):
             logits: [N, 1008], pool times the classifier's weights, without its bias (for the inception score).
 
         Raises:
-            ValueError: not uint8 [N, 3, H, W].
+            ValueError: not such images.
         """
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"Inception reads uint8 images [N, 3, H, W], got {images.dtype} {list(images.shape)}")
-        device = self.fc.weight.device
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] not in (1, 3):
+            found = f"{images.dtype} {list(images.shape)}"
+            raise ValueError(f"Inception reads uint8 images [N, 3, H, W], or grey [N, 1, H, W], got {found}")
+        device = self.device
         with float32_arithmetic(device, tf32=self.tf32):
-            parts = [self(part.to(device)) for part in images.split(self.max_batch)]
+            parts = [
+                self(part.to(device, non_blocking=True).expand(-1, 3, -1, -1)) for part in images.split(self.max_batch)
+            ]
         return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
 
     @classmethod

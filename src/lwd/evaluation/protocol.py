@@ -32,7 +32,8 @@ class ProtocolSettings:
     """Every knob of the protocol; the defaults are ADM's for ImageNet 256.
 
     Args:
-        images: generated images that the protocol asks for; another number is scored and marked.
+        images: generated images that are asked for; another number is scored and marked. With Inception so is any
+            other than ADM's 50,000.
         reference_images: of the reference, for precision and recall; a larger set is cut to this many.
         reference_choice: which of a larger reference: the first ones, or random ones (by `seed`).
         k: neighbour whose distance is a sample's radius in precision and recall.
@@ -73,10 +74,13 @@ class Evaluation:
 
     Attributes:
         metrics: with Inception "fid", "sfid", "inception_score", "precision", "recall"; with another network "fd_NAME",
-            "sfd_NAME", "inception_score_NAME", "precision", "recall". Those that the input does not allow are absent.
-        deviations: sentences; what differs from the protocol. None: the numbers may stand beside published ones.
+            "sfd_NAME", "inception_score_NAME", "precision_NAME", "recall_NAME". Those that the input does not allow are
+            absent.
+        deviations: sentences; what differs from the protocol. None: the numbers may stand beside published ones. With
+            another network than Inception the first says so; the others are about what `settings` asked for.
         settings: the protocol's knobs.
-        generated, reference, extractor: names, hashes, counts, shapes; what made the features.
+        generated, reference, extractor: names, hashes, counts, shapes; what made the features. `generated` has
+            "origin", how the images were generated, where `lwd sample` noted it.
         machine, versions: where.
     """
 
@@ -133,8 +137,10 @@ def score_images(
 
     name = str(features.extractor["name"])
     frechet, suffix = (("fid", "sfid"), "") if name == INCEPTION else ((f"fd_{name}", f"sfd_{name}"), f"_{name}")
+    # ADM's protocol is Inception's; with another network what is asked for is what the settings say.
+    asked = ADM if name == INCEPTION else settings
     metrics: dict[str, float] = {}
-    deviations = _deviations(settings, features, settled)
+    deviations = _deviations(settings, asked, features, settled)
     for metric, key in zip(frechet, ("pool", "spatial"), strict=True):
         if key in features.statistics and key in settled.statistics:
             metrics[metric] = frechet_distance(settled.statistics[key], features.statistics[key])
@@ -147,9 +153,9 @@ def score_images(
         deviations.append("no precision and recall: the reference is statistics alone, without images")
     else:
         near = settled.choose(settings.reference_images, settings.reference_choice, settings.seed)
-        if len(near) != ADM.reference_images:
+        if len(near) != asked.reference_images:
             deviations.append(
-                f"precision and recall with {len(near)} reference images instead of {ADM.reference_images}"
+                f"precision and recall with {len(near)} reference images instead of {asked.reference_images}"
             )
         if min(len(near), len(features)) <= settings.k:
             deviations.append(f"no precision and recall: they need more than k = {settings.k} images in each set")
@@ -159,7 +165,7 @@ def score_images(
                 deviations.append("float16 distances would overflow; float32 was used throughout")
             pool = features.pool.to(device)
             shares = precision_recall(near.to(device), pool, settings.k, distances=distances)
-            metrics |= {"precision": shares.precision, "recall": shares.recall}
+            metrics |= {f"precision{suffix}": shares.precision, f"recall{suffix}": shares.recall}
     return Evaluation(
         metrics=metrics,
         deviations=tuple(deviations),
@@ -182,21 +188,25 @@ def _inception_score(logits: Tensor, settings: ProtocolSettings) -> float:
     return math.fsum(scores) / len(scores)
 
 
-def _deviations(settings: ProtocolSettings, features: ImageFeatures, reference: Reference) -> list[str]:
+def _deviations(
+    settings: ProtocolSettings, asked: ProtocolSettings, features: ImageFeatures, reference: Reference
+) -> list[str]:
     """What is not as the protocol asks, of all that is known before scoring."""
-    found = []
-    if len(features) != ADM.images:
-        found.append(f"{len(features)} generated images instead of {ADM.images}")
-    for knob in ("k", "chunk", "shuffle"):
-        if getattr(settings, knob) != getattr(ADM, knob):
-            found.append(f"{knob} = {getattr(settings, knob)} instead of {getattr(ADM, knob)}")
     name, digest = features.extractor["name"], features.extractor["sha256"]
+    found = []
     if name != INCEPTION:
         found.append(f"features of {name} instead of {INCEPTION}")
     elif not digest.startswith(SHA256_PREFIX):
         found.append(f"Inception's weights have SHA-256 {digest[:8]}..., the published ones {SHA256_PREFIX}...")
+    if len(features) != asked.images:
+        found.append(f"{len(features)} generated images instead of {asked.images}")
+    if settings.images not in (len(features), asked.images):
+        found.append(f"{len(features)} generated images where {settings.images} were asked for")
+    for knob in ("k", "chunk", "shuffle"):
+        if getattr(settings, knob) != getattr(asked, knob):
+            found.append(f"{knob} = {getattr(settings, knob)} instead of {getattr(asked, knob)}")
     if features.extractor["settings"].get("tf32"):
         found.append("features in TF32 instead of float32")
-    if reference.count is not None and reference.count < ADM.images:
-        found.append(f"reference statistics of {reference.count} images; below {ADM.images} they are biased")
+    if reference.count is not None and reference.count < asked.images:
+        found.append(f"reference statistics of {reference.count} images; below {asked.images} they are biased")
     return found

@@ -19,6 +19,7 @@ from lwd.evaluation.statistics import FeatureStatistics
 from lwd.files import sha256_of
 from lwd.randomness import stream
 
+ADM_KIND = "ADM reference"
 _ADM_KEYS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
 
 
@@ -65,14 +66,21 @@ class Reference:
         return self.pool[chosen.sort().values]
 
     def require_comparable(self, features: ImageFeatures) -> None:
-        """ValueError unless images have the same size and features come from the same network."""
+        """ValueError unless images have the same size and colours and features come from the same network."""
         if self.shape is not None and self.shape[1:] != features.images["shape"][1:]:
             (h, w), (gh, gw) = self.shape[1:], features.images["shape"][1:]
             raise ValueError(
                 f"the reference {self.name} has images of {w}x{h} pixels, {features.images['name']} of {gw}x{gh}; "
                 "use the reference of that resolution"
             )
+        if self.shape is not None and self.shape[0] != features.images["shape"][0]:
+            grey, colour = self.name, features.images["name"]
+            if self.shape[0] != 1:
+                grey, colour = colour, grey
+            raise ValueError(f"{grey} is grey, {colour} in colour; compare sets of the same kind")
         ours, theirs = self.extractor, features.extractor
+        if self.kind == ADM_KIND and theirs["name"] != INCEPTION:
+            raise ValueError(f"{self.name} holds Inception's statistics, which say nothing about {theirs['name']}")
         if ours is not None and (ours["name"], ours["sha256"]) != (theirs["name"], theirs["sha256"]):
             raise ValueError(
                 f"the reference {self.name} has features of {ours['name']} ({ours['sha256'][:8]}...), the generated "
@@ -129,12 +137,12 @@ def load_reference(
         if stored and not _has_images(path):
             if extractor.name != INCEPTION:
                 raise ValueError(f"{path} holds Inception's statistics alone, which say nothing about {extractor.name}")
-            return Reference(str(path), "ADM reference", sha256_of(path), None, None, stored, None, None)
+            return Reference(str(path), ADM_KIND, sha256_of(path), None, None, stored, None, None)
     features = extract_features(source, extractor, batch_size=batch_size, cache=cache, progress=progress)
     if stored and extractor.name == INCEPTION:
         shape = features.images["shape"]
         digest = sha256_of(Path(source))
-        return Reference(str(path), "ADM reference", digest, None, shape, stored, features.pool, features.extractor)
+        return Reference(str(path), ADM_KIND, digest, None, shape, stored, features.pool, features.extractor)
     return _of_features(features, "images")
 
 
@@ -155,9 +163,12 @@ def _of_features(features: ImageFeatures, kind: str) -> Reference:
 def _is_features(path: Path) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
-            return "pool" in file.keys()  # noqa: SIM118 (not a dict)
+            keys = set(file.keys())
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is not a safetensors file or is damaged ({error}); make it again") from error
+    if any(key.startswith("latents") for key in keys):
+        raise ValueError(f"{path} holds latents; a reference is made of images, statistics or features of them")
+    return "pool" in keys
 
 
 def _has_images(path: Path) -> bool:

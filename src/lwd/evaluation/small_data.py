@@ -7,7 +7,6 @@ a judge that never saw a latent. Neither distance is an FID.
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,10 +17,10 @@ import torch
 from torch import Tensor
 
 from lwd.evaluation.distances import frechet_distance
-from lwd.evaluation.images import TensorImages, open_images
+from lwd.evaluation.images import SAMPLES, open_images
 from lwd.evaluation.judge import Judge, check_images, check_labels
 from lwd.evaluation.neighbours import precision_recall
-from lwd.files import read_json
+from lwd.files import read_json, sha256_of
 from lwd.machine import describe_machine, describe_versions
 
 
@@ -88,9 +87,9 @@ def evaluate_files(
     """`evaluate_images` from files: scores under "metrics", what was compared under "generated" and "settings".
 
     Args:
-        samples: npz with `images` uint8 [N, 32, 32] and `labels` [N] (or ADM's names, `arr_0` and `arr_1`), the
-            classes asked for; or a directory of `lwd sample`.
-        reference: npz of the same form, real images.
+        samples: npz with `images` uint8 [N, 32, 32] and `labels` [N], the classes asked for (or `arr_0` and `arr_1`,
+            ADM's names); or a directory that `lwd sample` wrote.
+        reference: of the same form, real images.
         judge: file of `Judge.save`.
 
     Raises:
@@ -98,8 +97,8 @@ def evaluate_files(
         ValueError: a file is damaged or holds something else, or as `evaluate_images`.
         ImportError: the embedded network is not installed (extra `demo`).
     """
-    images, labels, origin = _read_samples(samples)
-    real, _ = _read_npz(reference)
+    images, labels = _read_labelled(Path(samples))
+    real, _ = _read_labelled(Path(reference))
     loaded = Judge.load(judge, device)
 
     from lwd.encoders.efficientnet import EfficientNetFeatures
@@ -114,47 +113,59 @@ def evaluate_files(
         k=k,
     )
     settings: dict[str, Any] = {
-        name: {"path": str(path), "sha256": hashlib.sha256(Path(path).read_bytes()).hexdigest()}
-        for name, path in {"reference": reference, "judge": judge}.items()
+        name: {"path": str(path), "sha256": sha256_of(path)}
+        for name, path in (("reference", reference), ("judge", judge))
     }
-    settings |= {"embedded": "efficientnet-lite0, pooled", "k": k, "reference_images": int(scores["reference_images"])}
-    measured = ("fd_embedded", "fd_judge", "precision", "recall", "accuracy")
-    digest = TensorImages(images).sha256()
-    generated = {"name": str(samples), "sha256": digest, "count": len(images), "shape": [1, *images.shape[1:]]}
+    settings |= {"embedded": "efficientnet-lite0, pooled", "k": k, "reference_images": len(real)}
     return {
-        "metrics": {name: scores[name] for name in measured},
-        "generated": generated if origin is None else generated | {"origin": origin},
+        "metrics": {name: scores[name] for name in ("fd_embedded", "fd_judge", "precision", "recall", "accuracy")},
+        "generated": _described(Path(samples), images),
         "settings": settings,
         "machine": describe_machine(torch.device(device)),
         "versions": describe_versions(),
     }
 
 
-def _read_samples(path: Path) -> tuple[Tensor, Tensor, dict[str, Any] | None]:
-    """Images, labels and, where it is known, the origin of a directory of `lwd sample` or an npz."""
-    if not Path(path).is_dir():
-        return *_read_npz(path), None
-    source = open_images(path)
-    if source.origin is None:
-        raise ValueError(f"{path} is no directory of `lwd sample`, so the classes of its images are not known")
-    images = torch.cat(list(source.batches(250)))[:, 0]
-    classes = read_json(Path(path) / "samples.json")["classes"]
-    check_images(images)
-    return images, torch.tensor([classes[i % len(classes)] for i in range(len(images))]), source.origin
+def _described(path: Path, images: Tensor) -> dict[str, Any]:
+    """Where a file or a set of samples is, its hash, and how it was generated where that is known."""
+    found = open_images(path)
+    described = {"name": str(path), "sha256": found.sha256(), "count": len(images), "shape": [1, *images.shape[1:]]}
+    origin = getattr(found, "origin", None)
+    return described if origin is None else described | {"origin": origin}
 
 
-def _read_npz(path: Path) -> tuple[Tensor, Tensor]:
-    """Images and int64 labels of an npz file; errors name the file."""
-    if not Path(path).is_file():
+def _read_labelled(path: Path) -> tuple[Tensor, Tensor]:
+    """Images and int64 labels of an npz file or a set of samples; errors name it."""
+    if path.is_dir():
+        return _read_samples(path)
+    if not path.is_file():
         raise FileNotFoundError(f"no file of images at {path}")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            names = ("images", "labels") if "images" in arrays else ("arr_0", "arr_1")
-            images, labels = torch.from_numpy(arrays[names[0]]), torch.from_numpy(arrays[names[1]]).to(torch.int64)
+            keys = ("arr_0", "arr_1") if "arr_0" in arrays else ("images", "labels")
+            images, labels = torch.from_numpy(arrays[keys[0]]), torch.from_numpy(arrays[keys[1]]).to(torch.int64)
         check_images(images)
         check_labels(labels, len(images))
     except (KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{path} is not an npz of `images` uint8 [N, 32, 32] and `labels` [N], or is damaged ({error})"
+            f"{path} is not an npz of `images` uint8 [N, 32, 32] and `labels` [N] (or `arr_0` and `arr_1`), or is "
+            f"damaged ({error})"
         ) from error
+    return images, labels
+
+
+def _read_samples(directory: Path) -> tuple[Tensor, Tensor]:
+    found = open_images(directory)
+    if not (directory / SAMPLES).is_file():
+        raise ValueError(f"{directory} is not a set that `lwd sample` wrote, so the classes of its images are unknown")
+    if found.shape[0] != 1:
+        raise ValueError(f"{directory} has images in colour; the judge sees grey ones of 32 x 32")
+    images = torch.cat(list(found.batches(1024)))[:, 0]
+    classes = torch.as_tensor(read_json(directory / SAMPLES)["classes"], dtype=torch.int64)
+    labels = classes[torch.arange(len(images)) % len(classes)]
+    try:
+        check_images(images)
+        check_labels(labels, len(images))
+    except ValueError as error:
+        raise ValueError(f"{directory}: {error}") from error
     return images, labels

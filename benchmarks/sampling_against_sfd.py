@@ -5,10 +5,10 @@
     python benchmarks/sampling_against_sfd.py SFD --run runs/demo/train/offset --weak-step 700 --json sampling.json
 
 The run is any model trained on the offset schedule, the weak model an earlier step of it; both go into SFD's network
-and into ours, in float32. SFD samples as its inference.py does: torchdiffeq's dopri5 at atol 1e-6 and rtol 1e-3 with 250
-output points. Ours are lwd's default and its multistep solver with as few steps as reach an error no larger than
-SFD's. The error is root mean square, relative, to dopri5 at a tolerance of 1e-6, over the same noise. All take turns in one run;
-ratios are of medians.
+and into ours, in float32. SFD samples as its inference.py does: torchdiffeq's dopri5 at atol 1e-6 and rtol 1e-3 with
+250 output points. Ours are lwd's default and its multistep solver with as few steps as reach an error no larger than
+SFD's. The error is root mean square, relative, to dopri5 at a tolerance of 1e-6, over the same noise. All take turns in
+one run; ratios are of medians.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
     target, calls = error(theirs()), theirs.evaluations  # type: ignore[attr-defined]
     print(f"SFD: {calls} evaluations, error {target:.2g}")
     for network in (pipeline.model, weak.model):
-        compile_blocks(network)
+        compile_blocks(network, dynamic=None)
 
     def fixed(steps: int) -> Tensor:
         times = place_steps(schedule, steps, spacing=chosen.spacing)
@@ -85,7 +85,8 @@ def main() -> None:
     for name, draw in variants.items():
         rows.append({"sampler": name, "error": error(draw()), "seconds": middle[name],
                      "fastest, slowest": [min(times[name]), max(times[name])],
-                     "images_per_second": chosen.images / middle[name], "ratio": middle["SFD"] / middle[name]})  # fmt: skip
+                     "images_per_second": chosen.images / middle[name],
+                     "ratio": middle["SFD"] / middle[name]})  # fmt: skip
         print(f"{name:<28} error {rows[-1]['error']:.2g}  {chosen.images / middle[name]:8.1f} images/s  "
               f"{rows[-1]['ratio']:.2f} times SFD")  # fmt: skip
     if chosen.json is not None:

@@ -217,6 +217,18 @@ def test_a_checkpoint_of_sfd(semantic_first):
         pipeline(0, solver="euler", steps=3)
 
 
+def test_compiled_it_draws_the_same(monkeypatch):
+    """Also where an adaptive solver lets the batch shrink."""
+    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 16)
+    plain = make()
+    plain.add_weak(make(seed=1))
+    expected = plain([0, 1, 2, 0], output_type="latent").latents
+    torch._dynamo.reset()
+    for block in (*plain.model.blocks, *plain.weak.model.blocks):
+        block.compile(backend="aot_eager", dynamic=None)
+    torch.testing.assert_close(plain([0, 1, 2, 0], output_type="latent").latents, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_without_pillow(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match='or ask for "uint8"'):

@@ -24,7 +24,7 @@ from lwd.hub import directory_of
 from lwd.latents import LatentSpec, Normalization
 from lwd.machine import default_precision, pick_device
 from lwd.objective import Denoiser
-from lwd.parallel import Precision, autocast
+from lwd.parallel import Precision, autocast, compile_blocks
 from lwd.randomness import derived_seed
 from lwd.runs import read_run
 from lwd.sampling import sample, seeded_noise
@@ -203,6 +203,13 @@ class Pipeline:
             )
         self.normalization.require_equal(weak.normalization, "the main model", "the weak model")
         self.weak = weak
+
+    def compile(self) -> Self:
+        """Compile the networks block by block; worth its seconds for many images, on a GPU above all."""
+        compile_blocks(self.model, dynamic=None)
+        if self.weak is not None:
+            self.weak.compile()
+        return self
 
     # --- sampling --------------------------------------------------------------------------------------------------
 

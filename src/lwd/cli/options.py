@@ -26,6 +26,7 @@ class ModelOptions:
         texture: decoder of the texture latents, if not the one on record: an LDM or VA-VAE checkpoint or a diffusers
             AutoencoderKL; needed for an SFD checkpoint.
         precision: of the networks' evaluations; by default bf16 where the hardware is fast at it.
+        compile: compile the networks; by default on a GPU.
         device: auto, cpu, cuda, cuda:1 ...
     """
 
@@ -36,13 +37,18 @@ class ModelOptions:
     latents: Path | None = None
     texture: str | None = None
     precision: Literal["auto", "float32", "bf16"] = "auto"
+    compile: bool | None = None
     device: str = "auto"
 
     def open(self, model: Path, step: int | None = None) -> Pipeline:
         """The pipeline of `model`: a run or a pipeline directory, a name on the hub, or a checkpoint of SFD."""
+        from lwd.machine import default_compile
+
         pipeline = self._open(model, step)
         if self.weak is not None:
             pipeline.add_weak(self._open(self.weak, self.weak_step), force=self.force)
+        if default_compile(pipeline.device) if self.compile is None else self.compile:
+            pipeline.compile()
         return pipeline
 
     def _open(self, model: Path, step: int | None) -> Pipeline:

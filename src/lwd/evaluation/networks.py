@@ -119,8 +119,9 @@ class ClassToken:
 
     What FD-DINOv2 is defined by: ViT-L/14 without registers, images of 224 x 224 (bicubic, antialiased), ImageNet's
     colours. Stein et al. (dgm-eval) resize with Pillow, which rounds to 8 bits and clips after each of two passes; so
-    does this, on any device: of the pixels 99 % and more are Pillow's, the others a level or two off. Karras et al. (EDM2) resize in float32 and neither round nor clip, which
-    they found to be almost the same. Like both, images that are not square are squeezed.
+    does this, on any device: 99 % of the pixels and more are Pillow's, the others a level or two off. Karras et al.
+    (EDM2) resize in float32 and neither round nor clip, which they found to be almost the same. Images that are not
+    square are squeezed, as by both.
 
     DINOv2's 37 x 37 position embeddings are brought to 16 x 16 as its authors do: bicubic with a scale factor of
     (16 + 0.1) / 37 for the networks without registers, where transformers gives the size instead and samples slightly

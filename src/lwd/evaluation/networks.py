@@ -249,13 +249,13 @@ def _load_known(
     try:
         model, sha256 = load_network(weights, device)
     except FileNotFoundError as error:
-        also = ""
+        on_hub = weights == known.source
+        reason = "is not in the hub's cache and could not be downloaded" if on_hub else "holds none that can be read"
+        page = f"https://huggingface.co/{known.source}"
+        where = f"download config.json and model.safetensors from {page} and pass their directory as weights"
         if name == "dinov2":
-            also = (
-                f". FD-DINOv2 needs {known.source}, without registers; the file {DINOV2_URL} is the same "
-                f"network: pass its path as weights, or put it into {published.parent}"
-            )
-        raise FileNotFoundError(f"no weights of {name}: {error}{also}") from error
+            where += f"; or download {DINOV2_URL} and pass its path, or put it into {published.parent}"
+        raise FileNotFoundError(f"no weights of {name}: {weights} {reason}; {where}") from error
     found: Any = model.config
     if (found.model_type, found.hidden_size) != (known.kind, known.width):
         raise ValueError(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import lwd.evaluation.distances as distances_module
@@ -23,6 +24,7 @@ from lwd.evaluation import (
     reference_features,
     train_judge,
 )
+from lwd.files import write_json
 
 FIXTURES = Path(__file__).parent / "fixtures"
 seeds = st.integers(0, 2**31)
@@ -522,3 +524,30 @@ def test_evaluate_files_names_the_file_that_is_wrong(judge, tmp_path):
     bad.write_bytes(good.read_bytes()[:300])
     with pytest.raises(ValueError, match=r"bad\.npz is not an npz .* damaged"):
         evaluate_files(bad, good, path)
+
+
+def test_evaluate_files_reads_adms_names_and_samples(judge, tmp_path):
+    images, labels = squares(12, 1)
+    path = judge.save(tmp_path / "judge.safetensors")
+    np.savez(tmp_path / "ours.npz", images=images.numpy(), labels=labels.numpy())
+    np.savez(tmp_path / "adm.npz", images.numpy(), labels.numpy())
+    expected = evaluate_files(tmp_path / "ours.npz", tmp_path / "ours.npz", path)
+    found = evaluate_files(tmp_path / "adm.npz", tmp_path / "ours.npz", path)
+    assert found.pop("generated")["name"] == str(tmp_path / "adm.npz")
+    del expected["generated"]
+    assert found == expected
+
+    drawn = tmp_path / "drawn"
+    (drawn / "images").mkdir(parents=True)
+    for i, image in enumerate(images.numpy()):
+        Image.fromarray(image).save(drawn / "images" / f"{i:06}.png")
+    note = {"format": "lwd-samples/1", "images": 12, "form": "png", "classes": [0, 1, 2], "origin": {"run": "runs/x"}}
+    with pytest.raises(ValueError, match="so the classes of its images are unknown"):
+        evaluate_files(drawn, tmp_path / "ours.npz", path)
+    write_json(drawn / "samples.json", note)
+    found = evaluate_files(drawn, tmp_path / "ours.npz", path)
+    assert found.pop("generated")["origin"] == {"run": "runs/x"}
+    assert found == expected
+    Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(drawn / "images" / "000003.png")
+    with pytest.raises(ValueError, match="images in colour; the judge sees grey ones"):
+        evaluate_files(drawn, tmp_path / "ours.npz", path)

@@ -1,7 +1,10 @@
 """Image sources, stored features, references and the five scores, with networks whose features are known."""
 
+import gc
 import json
 import math
+import threading
+import time
 import warnings
 from pathlib import Path
 
@@ -27,8 +30,9 @@ from lwd.evaluation import (
     protocol,
     score_images,
 )
-from lwd.evaluation.images import NpzImages, PNGFolder
+from lwd.evaluation.images import NpzImages, PNGFolder, TensorImages
 from lwd.evaluation.inception import NAME as INCEPTION
+from lwd.files import write_json
 
 
 def pictures(count: int, seed: int = 0, size: int = 8) -> torch.Tensor:
@@ -160,6 +164,67 @@ def test_what_holds_no_images_is_refused(tmp_path):
         open_images(torch.zeros(1, 3, 8, 8))
 
 
+# --- sets that `lwd sample` wrote ---------------------------------------------------------------------------------
+
+ORIGIN = {"run": "runs/xl", "step": 400_000, "schedule": {"kind": "polynomial"}, "evaluations": 61.5}
+
+
+def write_samples(directory: Path, images: torch.Tensor, form: str, **changed: object) -> Path:
+    directory.mkdir(parents=True)
+    write_json(directory / "config.json", {"command": "lwd sample runs/xl --out fakes", "settings": {}})
+    if form == "png":
+        write_pngs(directory / "images", images)
+    elif form == "npz":
+        write_npz(directory / "samples.npz", images, arr_1=np.arange(len(images)) % 3)
+    note = {"format": "lwd-samples/1", "images": len(images), "form": form, "classes": [0, 1, 2], "origin": ORIGIN}
+    write_json(directory / "samples.json", note | changed)
+    return directory
+
+
+@pytest.mark.parametrize("form", ["png", "npz"])
+def test_samples_are_scored_with_their_origin(tmp_path, form):
+    images, real = pictures(20), pictures(40, seed=1)
+    path = write_samples(tmp_path / "fakes", images, form)
+    source = open_images(path)
+    assert torch.equal(torch.cat(list(source.batches(7))), images)
+    result = score_images(path, real, Counting(), cache=tmp_path / "cache")
+    assert result.to_dict()["generated"] == {
+        "name": str(path),
+        "sha256": source.sha256(),
+        "count": 20,
+        "shape": [3, 8, 8],
+        "origin": ORIGIN,
+    }
+    assert result.metrics == score_images(images, real, Counting()).metrics
+    # The same images out of the cache: once with their origin, once without.
+    again = write_samples(tmp_path / "again", images, form, origin={"run": "runs/other"})
+    assert score_images(again, real, Counting(), cache=tmp_path / "cache").generated["origin"] == {"run": "runs/other"}
+    bare = again / ("images" if form == "png" else "samples.npz")
+    assert "origin" not in score_images(bare, real, Counting(), cache=tmp_path / "cache").generated
+
+
+def test_samples_that_are_not_all_there_are_refused(tmp_path):
+    path = write_samples(tmp_path / "fakes", pictures(5), "png")
+    (path / "images" / "000002.png").unlink()
+    with pytest.raises(ValueError, match=r"fakes has 4 images, its samples\.json says 5: files were added or lost"):
+        open_images(path)
+    (path / "samples.json").unlink()
+    with pytest.raises(ValueError, match=r"unfinished set .* run its command again: lwd sample runs/xl --out fakes"):
+        open_images(path)
+    (path / "config.json").write_text('{"_class_name": "Another"}')  # not ours: images with a note beside them
+    assert len(open_images(path)) == 4
+    with pytest.raises(ValueError, match=r"latents, which have to be decoded .* without `--form latents`"):
+        open_images(write_samples(tmp_path / "latents", pictures(5), "latents"))
+    with pytest.raises(ValueError, match="says form 'gif'; there are png, npz and latents"):
+        open_images(write_samples(tmp_path / "gif", pictures(5), "gif"))
+    with pytest.raises(ValueError, match="is not of the format lwd-samples/1"):
+        open_images(write_samples(tmp_path / "new", pictures(5), "png", format="lwd-samples/7"))
+    write_pngs(tmp_path / "run" / "samples", pictures(2))
+    write_json(tmp_path / "run" / "config.json", {"command": "lwd train --recipe embedded", "settings": {}})
+    with pytest.raises(ValueError, match=r"is what `lwd train --recipe embedded` wrote, not a set of images"):
+        open_images(tmp_path / "run")
+
+
 # --- features and their cache -------------------------------------------------------------------------------------
 
 
@@ -213,6 +278,43 @@ def test_damaged_cache_is_noticed_and_replaced(tmp_path):
         warnings.simplefilter("error")
         extract_features(images, network, cache=tmp_path)
     assert network.seen == 24
+
+
+def test_next_batch_is_read_while_one_is_computed_with():
+    """Each waits for the other: taken in turns, neither would ever go on."""
+    third_is_read, first_is_seen = threading.Event(), threading.Event()
+
+    class Waiting(TensorImages):
+        def batches(self, size):
+            for i, batch in enumerate(super().batches(size)):
+                if i == 2:
+                    third_is_read.set()
+                yield batch
+
+    def function(images):
+        if first_is_seen.is_set():
+            assert third_is_read.wait(10)
+        first_is_seen.set()
+        return corner(images)
+
+    images = pictures(12)
+    features = extract_features(Waiting(images), FunctionExtractor("x", "0", function), batch_size=4)
+    assert torch.equal(features.pool, corner(images)["pool"])
+
+
+def test_errors_of_reading_reach_the_caller_and_leave_no_thread(tmp_path):
+    folder = write_pngs(tmp_path / "pngs", pictures(9))
+    (folder / "000007.png").write_bytes(b"\x89PNG no")
+    before = threading.active_count()
+    with pytest.raises(ValueError, match=r"000007\.png cannot be read"):
+        extract_features(folder, Counting(), batch_size=2)
+    with pytest.raises(ZeroDivisionError):
+        extract_features(folder, FunctionExtractor("x", "0", lambda _: 1 / 0), batch_size=2)
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() <= before
 
 
 def test_bad_features_name_the_image():
@@ -440,6 +542,80 @@ def test_references_that_do_not_fit_are_refused(tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="does not hold feature statistics"):
         score_images(fake, tmp_path / "x.safetensors", Counting())
+
+
+def test_references_of_another_kind_are_refused(tmp_path):
+    fake = pictures(20)
+    # Latents, encoded or drawn, in each of the forms that they lie on disk in.
+    shards = tmp_path / "latents"
+    shards.mkdir()
+    save_file({"latents": torch.zeros(2, 32, 16, 16)}, shards / "shard.safetensors")
+    with pytest.raises(ValueError, match=r"shard\.safetensors holds latents; a reference is made of images"):
+        score_images(fake, shards / "shard.safetensors", Counting())
+    with pytest.raises(ValueError, match=r"no PNG files \(but \.safetensors\); latents have to be decoded"):
+        score_images(fake, shards, Counting())
+    write_json(shards / "manifest.json", {"format": "lwd-latents/1"})
+    with pytest.raises(ValueError, match=r"latents is a set of latents; give the images that it was encoded from"):
+        score_images(fake, shards, Counting())
+    np.savez(tmp_path / "z.npz", np.zeros((2, 4, 32, 32), np.float32))
+    with pytest.raises(ValueError, match=r"got float32 \[2, 4, 32, 32\]; latents have to be decoded"):
+        score_images(fake, tmp_path / "z.npz", PretendInception())
+    # Grey against colour, either way around.
+    with pytest.raises(ValueError, match=r"^tensor is grey, .*real\.npz in colour"):
+        score_images(fake[:, :1], write_npz(tmp_path / "real.npz", fake), Counting(function=first_pixel))
+    with pytest.raises(ValueError, match=r"^.*grey\.npz is grey, tensor in colour"):
+        score_images(fake, write_npz(tmp_path / "grey.npz", fake[:, :1]), Counting(function=first_pixel))
+    # Inception's statistics, loaded for Inception, with features that happen to be as wide.
+    np.savez(tmp_path / "r.npz", mu=np.zeros(6), sigma=np.eye(6))
+    reference = load_reference(tmp_path / "r.npz", PretendInception())
+    with pytest.raises(ValueError, match=r"r\.npz holds Inception's statistics, which say nothing about corner"):
+        score_images(fake, reference, Counting())
+
+
+def first_pixel(images: torch.Tensor) -> torch.Tensor:
+    return {"pool": images[:, 0, :2, 0].float()}
+
+
+def test_adm_reference_without_images_is_scored_without_neighbours(tmp_path):
+    full, fake = pictures(200), pictures(60, seed=1)
+    path = adm_reference(tmp_path / "reference.npz", full[:30], full)
+    whole = score_images(fake, path, PretendInception()).metrics
+    with np.load(path) as arrays:
+        np.savez(tmp_path / "bare.npz", **{key: arrays[key] for key in ("mu", "sigma", "mu_s", "sigma_s")})
+        np.savez(tmp_path / "fid.npz", mu=arrays["mu"], sigma=arrays["sigma"])
+    bare = score_images(fake, tmp_path / "bare.npz", PretendInception())
+    assert bare.metrics == {key: whole[key] for key in ("fid", "sfid", "inception_score")}
+    assert bare.reference["images"] is None
+    assert bare.deviations == (
+        "60 generated images instead of 50000",
+        "no precision and recall: the reference is statistics alone, without images",
+    )
+    alone = score_images(fake, tmp_path / "fid.npz", PretendInception())
+    assert set(alone.metrics) == {"fid", "inception_score"}
+    assert "no sfid: the reference has no statistics of spatial features" in alone.deviations
+
+
+@pytest.mark.parametrize("count", [30, 50, 70])
+def test_another_number_of_images_is_scored_and_marked(count):
+    real, fake = pictures(40), pictures(count, seed=1)
+    asked = ProtocolSettings(images=50, reference_images=40)
+    other = score_images(fake, real, Counting(), settings=asked)
+    assert other.metrics["fd_corner"] > 0
+    # With another network: that it is another, once, and what these settings asked for.
+    marks = [] if count == 50 else [f"{count} generated images instead of 50"]
+    biased = "reference statistics of 40 images; below 50 they are biased"
+    assert other.to_dict()["protocol"] == [f"features of corner instead of {INCEPTION}", *marks, biased]
+    # With Inception: ADM's number whatever was asked for, and that.
+    ours = score_images(fake, real, PretendInception(), settings=asked)
+    marks = [] if count == 50 else [f"{count} generated images where 50 were asked for"]
+    assert ours.deviations[: 1 + len(marks)] == (f"{count} generated images instead of 50000", *marks)
+    assert "precision and recall with 40 reference images instead of 10000" in ours.deviations
+
+
+def test_another_network_has_no_protocol_to_fail():
+    settings = ProtocolSettings(images=30, reference_images=20, k=5, chunk=10, shuffle=False)
+    result = score_images(pictures(30), pictures(40), Counting(), settings=settings)
+    assert result.deviations == (f"features of corner instead of {INCEPTION}",)
 
 
 def test_too_few_images_for_neighbours_are_scored_without(tmp_path):

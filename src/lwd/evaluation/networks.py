@@ -119,9 +119,9 @@ class ClassToken:
 
     What FD-DINOv2 is defined by: ViT-L/14 without registers, images of 224 x 224 (bicubic, antialiased), ImageNet's
     colours. Stein et al. (dgm-eval) resize with Pillow, which rounds to 8 bits and clips after each of two passes; so
-    does this, on any device: of the pixels 99 % and more are Pillow's, the others a level or two off. Karras et al.
-    (EDM2) resize in float32 and neither round nor clip, which they found to be almost the same. Like both, images that
-    are not square are squeezed.
+    does this, on any device: 99 % of the pixels and more are Pillow's, the others a level or two off. Karras et al.
+    (EDM2) resize in float32 and neither round nor clip, which they found to be almost the same. Images that are not
+    square are squeezed, as by both.
 
     DINOv2's 37 x 37 position embeddings are brought to 16 x 16 as its authors do: bicubic with a scale factor of
     (16 + 0.1) / 37 for the networks without registers, where transformers gives the size instead and samples slightly
@@ -249,13 +249,13 @@ def _load_known(
     try:
         model, sha256 = load_network(weights, device)
     except FileNotFoundError as error:
-        also = ""
+        on_hub = weights == known.source
+        reason = "is not in the hub's cache and could not be downloaded" if on_hub else "holds none that can be read"
+        page = f"https://huggingface.co/{known.source}"
+        where = f"download config.json and model.safetensors from {page} and pass their directory as weights"
         if name == "dinov2":
-            also = (
-                f". FD-DINOv2 needs {known.source}, without registers; the file {DINOV2_URL} is the same "
-                f"network: pass its path as weights, or put it into {published.parent}"
-            )
-        raise FileNotFoundError(f"no weights of {name}: {error}{also}") from error
+            where += f"; or download {DINOV2_URL} and pass its path, or put it into {published.parent}"
+        raise FileNotFoundError(f"no weights of {name}: {weights} {reason}; {where}") from error
     found: Any = model.config
     if (found.model_type, found.hidden_size) != (known.kind, known.width):
         raise ValueError(

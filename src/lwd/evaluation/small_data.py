@@ -112,11 +112,12 @@ def evaluate_files(
         reference=reference_features(real, judge=loaded, embedded=embedded),
         k=k,
     )
-    settings: dict[str, Any] = {
-        name: {"path": str(path), "sha256": sha256_of(path)}
-        for name, path in (("reference", reference), ("judge", judge))
+    settings = {
+        "reference": _described(Path(reference), real),
+        "judge": {"path": str(judge), "sha256": sha256_of(judge)},
+        "embedded": "efficientnet-lite0, pooled",
+        "k": k,
     }
-    settings |= {"embedded": "efficientnet-lite0, pooled", "k": k, "reference_images": len(real)}
     return {
         "metrics": {name: scores[name] for name in ("fd_embedded", "fd_judge", "precision", "recall", "accuracy")},
         "generated": _described(Path(samples), images),

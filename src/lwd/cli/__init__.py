@@ -9,6 +9,7 @@ from pathlib import Path
 # Nothing heavy is imported here: `lwd --help` must not wait for torch.
 from lwd.cli.encode import encode, semvae
 from lwd.cli.evaluate import evaluate
+from lwd.cli.report import report
 from lwd.cli.sample import sample
 from lwd.cli.train import probe, train
 
@@ -35,17 +36,6 @@ def demo(
 
     page = run_demo(directory, budget=budget, seed=seed, device=device, compiled=compile)
     print(f"The page is ready: {page.resolve()}")
-
-
-def report(directory: Path) -> None:
-    """Write the page of a demo again from its files.
-
-    Args:
-        directory: of the demo.
-    """
-    from lwd.report import write_report
-
-    print(write_report(directory))
 
 
 def recipes() -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,7 +60,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="sets of noise, over which the spread is given")
     parser.add_argument("--images", type=int, default=12, help="of each seed, for errors")
     parser.add_argument("--judged", type=int, default=500, help="images of a set for feature distances")
-    parser.add_argument("--parts", nargs="*", choices=["errors", "distances"], default=["errors", "distances"])
+    parser.add_argument("--parts", nargs="*", default=["errors", "distances"])
     parser.add_argument("--out", type=Path, help="write the result here; parts not measured now are kept")
     parser.add_argument("--figure", type=Path, help="draw the result here (PNG)")
     chosen = parser.parse_args()
@@ -71,10 +70,12 @@ def main() -> None:
     kept = chosen.out is not None and chosen.out.is_file()
     result: dict[str, Any] = read_json(chosen.out) if kept else {}
     result |= {"machine": describe_machine(device), "versions": describe_versions()}
-    result.setdefault("commands", {})
+    result.setdefault("settings", {})
     models = {arm: Pipeline.from_pretrained(chosen.demo / "train" / arm, device=device, precision="fp32")
               for arm in chosen.arms}  # fmt: skip
     for part in chosen.parts:
+        if part not in ("errors", "distances"):
+            parser.error(f"--parts are errors and distances, not {part}")
         rows = []
         for arm, model in models.items():
             density = kinetic_density(
@@ -83,7 +84,8 @@ def main() -> None:
             found = errors(model, density, chosen) if part == "errors" else distances(model, density, chosen)
             rows += [{"arm": arm} | row for row in found]
         result[part] = rows
-        result["commands"][part] = " ".join(["python", *sys.argv])
+        used = ("seeds", "images", "evaluations") if part == "errors" else ("judged",)
+        result["settings"][part] = {name: getattr(chosen, name) for name in used}
         if chosen.out is not None:
             write_json(chosen.out, result)
     print_tables(result)
@@ -278,7 +280,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     arms = list(dict.fromkeys(row["arm"] for row in result[shown[0]]))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5 * len(arms), 4.3 * len(shown) + 0.9), layout="constrained", facecolor=PAPER)
-        grid = figure.subplots(len(shown), len(arms), squeeze=False, sharey="row")
+        grid = figure.subplots(len(shown), len(arms), squeeze=False, sharex=True, sharey="row")
         handles: dict[str, Any] = {}
         for part, row in zip(shown, grid, strict=True):
             title, written = parts[part]
@@ -288,17 +290,20 @@ def draw(result: dict[str, Any], path: Path) -> None:
                 axes.set_title(f"{arm}: {title}", loc="left", fontsize=12.5)
                 axes.set_xlabel("evaluations per image")
                 axes.set_xscale("log")
-                axes.set_xticks([6, 10, 20, 40, 80, 160], ["6", "10", "20", "40", "80", "160"])
+                ticks = [6, 10, 20, 40, 80, 160, 320]
+                axes.set_xticks(ticks, [str(tick) for tick in ticks])
+                axes.tick_params(labelbottom=True)
                 axes.xaxis.set_minor_formatter(NullFormatter())
                 if part == "errors":
                     axes.set_yscale("log")
                 axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _, written=written: written(y)))
                 for name, points in series([r for r in result[part] if r["arm"] == arm]).items():
-                    if name in LINES:
-                        points = sorted(points, key=lambda r: r["evaluations"])
+                    if name in LINES:  # in the order measured: more steps, or lower tolerances
                         xs, ys = [r["evaluations"] for r in points], [r[key] for r in points]
                         (line,) = axes.plot(xs, ys, marker="o", markersize=4.5, **LINES[name])
                         handles.setdefault(", ".join(name), line)
+                        if len(points) == 1:
+                            axes.axhline(ys[0], color=line.get_color(), linewidth=1.3, linestyle=":")
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
         write_atomically(path, lambda temporary: figure.savefig(temporary, format="png", dpi=100))
 

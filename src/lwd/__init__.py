@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lwd.latents import IMAGENET_SPEC, Group, LatentSpec, Normalization
     from lwd.objective import DenoiserTerms, ScheduleTerms, denoiser_objective, sample_tau, schedule_objective
     from lwd.pipeline import Pipeline, PipelineOutput
+    from lwd.placement import KineticDensity, kinetic_density, place_steps
     from lwd.probe import LearnedSchedule, ProbeConfig, learn_schedule
     from lwd.sampling import SampleResult, sample, seeded_noise
     from lwd.schedules import (
@@ -38,6 +39,7 @@ _HOMES = {
     "lwd.latents": ("IMAGENET_SPEC", "Group", "LatentSpec", "Normalization"),
     "lwd.objective": ("DenoiserTerms", "ScheduleTerms", "denoiser_objective", "sample_tau", "schedule_objective"),
     "lwd.pipeline": ("Pipeline", "PipelineOutput"),
+    "lwd.placement": ("KineticDensity", "kinetic_density", "place_steps"),
     "lwd.probe": ("LearnedSchedule", "ProbeConfig", "learn_schedule"),
     "lwd.sampling": ("SampleResult", "sample", "seeded_noise"),
     "lwd.schedules": (
@@ -64,6 +66,7 @@ __all__ = [
     "ClassifierFreeGuidance",
     "DenoiserTerms",
     "Group",
+    "KineticDensity",
     "LatentSpec",
     "LearnedSchedule",
     "LightningDiT",
@@ -90,9 +93,11 @@ __all__ = [
     "denoiser_objective",
     "global_velocity",
     "interpolate",
+    "kinetic_density",
     "learn_schedule",
     "lightningdit_config",
     "load_schedule",
+    "place_steps",
     "sample",
     "sample_tau",
     "schedule_objective",

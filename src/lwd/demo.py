@@ -31,6 +31,7 @@ from lwd.files import read_json, write_json
 from lwd.generation import DrawnImages, SampleConfig, channels_last, draw_images, image_seed, save_npz
 from lwd.machine import default_precision, pick_device
 from lwd.pipeline import DEFAULT_SCALE, Pipeline
+from lwd.placement import Spacing
 from lwd.progress import counting, duration
 from lwd.randomness import derived_seed
 from lwd.recipes import Recipe, get_recipe, make_schedule
@@ -64,16 +65,18 @@ class DemoConfig:
     Attributes:
         budget: factor on all training steps and image counts; 1 takes minutes on two cores.
         images: images per set that is judged, before the budget.
-        solver, steps: for the judged sets; the sets for "quality against evaluations" use the same solver.
+        solver, spacing, steps: for the judged sets; the sets for "quality against evaluations" use the same solver. Of
+            the solvers with so few evaluations this one comes closest to the flow (docs/results/solvers.md).
         evaluation_steps: solver steps for "quality against evaluations".
     """
 
     budget: float = 1.0
     seed: int = 0
     images: int = 1000
-    solver: str = "heun"
-    steps: int = 10
-    evaluation_steps: tuple[int, ...] = (3, 4, 6)
+    solver: str = "ab3"
+    spacing: Spacing = "cosine"
+    steps: int = 20
+    evaluation_steps: tuple[int, ...] = (6, 8, 12)
     precision: Precision = "bf16"
     compile: bool = False
 
@@ -202,8 +205,9 @@ class Demo:
 
     def draw(self, pipeline: Pipeline, title: str, *, steps: int | None = None) -> DrawnImages:
         """One judged set; image i has the same noise and class in every set."""
-        config = SampleConfig(solver=self.config.solver, steps=steps or self.config.steps, seed=self.config.seed)
-        return draw_images(pipeline, config, count=self.config.scaled_images, title=title)
+        config = self.config
+        how = SampleConfig(solver=config.solver, steps=steps or config.steps, spacing=config.spacing, seed=config.seed)
+        return draw_images(pipeline, how, count=self.config.scaled_images, title=title)
 
     def judge_arm(self, arm: str, schedule: Schedule) -> dict[str, Any]:
         """Samples of one arm, judged: at the end, at its snapshots and at other numbers of evaluations."""
@@ -255,7 +259,7 @@ class Demo:
         spec, label = run.spec, index % run.config.num_classes
         noise = seeded_noise([image_seed(self.config.seed, index)], run.latent_shape, self.device)
         labels = torch.tensor([label], device=self.device)
-        result = sample(run.denoiser, run.schedule, noise, labels, solver="heun", steps=40, record=taus, spec=spec)
+        result = sample(run.denoiser, run.schedule, noise, labels, solver="ab3", steps=40, record=taus, spec=spec)
         t = run.schedule(torch.tensor(taus, device=self.device)).t
         rows: dict[str, list[Tensor]] = {"texture": [], "semantic": [], "predicted": []}
         for state, t_tau in zip(result.states, t[:, None], strict=True):

@@ -98,7 +98,7 @@ def tabulate(demos: list[Path]) -> None:
         collapsed = ", ".join("yes" if run["collapsed"] else "no" for run in runs)
         lines.append(f"| {runs[0]['kinetic']:g} | " + " | ".join(halves) + f" | {collapsed} |")
     unguided = {name: arm for name, arm in arms.items() if arm["by_evaluations"]}
-    lines += ["", "Distance by the judge against model evaluations (Heun), mean over the seeds:", ""]
+    lines += ["", "Distance by the judge against model evaluations, mean over the seeds:", ""]
     lines += ["| | " + " | ".join(["fewest", "", "", "most"]) + " |", "| --- |" + " --- |" * 4]
     for name, arm in unguided.items():
         points = zip(*(r["arms"][name]["by_evaluations"] for r in results), strict=True)

@@ -102,6 +102,15 @@ def test_models_are_drawn_and_scored(workspace, capsys):
     assert results[0]["metrics"]["fd_efficientnet"] != results[1]["metrics"]["fd_efficientnet"]
     assert "features of efficientnet instead of inception-2015-12-05" in results[0]["protocol"]
     assert list((workspace / "drawn").iterdir()) == []
+    # Called again, after an interruption say, it goes on: what is scored is not drawn again.
+    stored = json.loads((workspace / "curve.json").read_text())
+    stored["results"].pop()
+    stored["results"][0]["metrics"]["fd_efficientnet"] = -1.0
+    (workspace / "curve.json").write_text(json.dumps(stored))
+    cli.main(command.split())
+    again = json.loads((workspace / "curve.json").read_text())["results"]
+    assert again[0]["metrics"]["fd_efficientnet"] == -1.0
+    assert again[1]["metrics"] == pytest.approx(results[1]["metrics"], rel=1e-6)
     with pytest.raises(SystemExit):
         cli.main(command.replace("--at-step 2 7", "--at-step 4000").split())
     assert "kept nothing of step 4000" in capsys.readouterr().err

@@ -158,7 +158,7 @@ def test_the_command_scores_by_the_protocol_and_marks_what_is_not(network, tmp_p
     assert "not as the protocol asks: " in shown
     assert "4 generated images instead of 50000" in shown
     cli.main(command.split())
-    assert json.loads(capsys.readouterr().out)["metrics"] == pytest.approx(written["metrics"], rel=1e-6)
+    assert json.loads(capsys.readouterr().out)[0]["metrics"] == pytest.approx(written["metrics"], rel=1e-6)
     expected = score_images(images[4:], images[:4], network, settings=ProtocolSettings(distances="float64"))
     assert written["metrics"] == pytest.approx(expected.metrics, rel=1e-4)
     assert any("50" in deviation and "4" in deviation for deviation in written["protocol"])

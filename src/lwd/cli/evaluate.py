@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from lwd.cli.options import DrawOptions, ModelOptions
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 def evaluate(
@@ -61,31 +58,67 @@ def evaluate(
     import json
     import shutil
 
-    from lwd.files import write_json
+    from lwd.data.sharding import Share
+    from lwd.files import read_json, write_json
+    from lwd.generation import sample_to_directory
 
-    results: list[dict[str, Any]] = []
+    main = Share.from_environment().rank == 0
     score = None
-    for path, temporary in _image_sets(samples, at_step, drawn, images, model, draw):
-        if path is None:  # another process scores
-            continue
-        if score is None:
-            if judge is not None:
-                score = _judge(reference, judge, model.device)
-            else:
-                settings = {
-                    "images": images, "reference_images": reference_images, "distances": distances,
-                    "shuffle": shuffle, "seed": shuffle_seed,
-                }  # fmt: skip
-                score = _protocol(reference, network, weights, model.device, settings, feature_batch, cache)
-        results.append(score(path))
+    settings: dict[str, Any] = {
+        "images": images, "reference_images": reference_images, "distances": distances,
+        "shuffle": shuffle, "seed": shuffle_seed,
+    }  # fmt: skip
+    if main:  # what is missing is better found before days of drawing
+        if judge is not None:
+            score = _judge(reference, judge, model.device)
+        else:
+            score = _protocol(reference, network, weights, model.device, settings, feature_batch, cache)
+    earlier = read_json(out)["results"] if out is not None and out.is_file() else []
+    results: list[dict[str, Any]] = []
+
+    def keep_result(result: dict[str, Any]) -> None:
+        results.append(result)
         if out is not None:  # after every set: a curve takes days
             write_json(out, {"format": "lwd-evaluations/1", "results": results})
-        if temporary and not keep:
-            shutil.rmtree(path)
-    if results and out is None:
-        print(json.dumps(results if len(results) > 1 else results[0], indent=2))
-    elif results:
-        print("\n".join(_table(results)))
+
+    for source in samples:
+        if not _is_model(source):
+            if at_step:
+                raise ValueError(f"--at-step chooses among the weights of a run; {source} holds images")
+            if score is not None:
+                keep_result(score(source))
+            continue
+        for step in at_step or (None,):
+            pipeline = model.open(source, step)
+            asked = {} if judge is not None else settings
+            if (known := _scored(earlier, draw.config.describe(pipeline), images, str(reference), asked)) is not None:
+                results.append(known)
+                continue
+            name = "-".join([*source.parts[-2:], *([] if step is None else [f"{step:08}"])]).strip("/")
+            summary = sample_to_directory(
+                pipeline, drawn / name, draw.config, images=images, form="npz", batch=draw.batch,
+                title=f"sample {name}",
+            )  # fmt: skip
+            if summary is not None and score is not None:
+                keep_result(score(drawn / name))
+                if not keep:
+                    shutil.rmtree(drawn / name)
+    if results and main:
+        print(json.dumps(results, indent=2) if out is None else "\n".join(_table(results)))
+
+
+def _scored(
+    earlier: list[dict[str, Any]], origin: dict[str, Any], images: int, reference: str, settings: dict[str, Any]
+) -> dict[str, Any] | None:
+    """The result of an earlier, interrupted call for images of this origin, with the same reference and settings."""
+    for result in earlier:
+        generated = result["generated"]
+        there = {key: value for key, value in generated.get("origin", {}).items() if key != "evaluations"}
+        same = all(result["settings"].get(key) == value for key, value in settings.items())
+        against = (result.get("reference") or result["settings"]["reference"])["name"]
+        if there == origin and generated["count"] == images and same and against == reference:
+            return result
+    return None
 
 
 def _table(results: list[dict[str, Any]]) -> list[str]:
@@ -105,30 +138,6 @@ def _table(results: list[dict[str, Any]]) -> list[str]:
     ]
     notes = dict.fromkeys(note for r in results if isinstance(r.get("protocol"), list) for note in r["protocol"])
     return [*lines, *(["not as the protocol asks: " + "; ".join(notes)] if notes else [])]
-
-
-def _image_sets(
-    samples: tuple[Path, ...], steps: tuple[int, ...], drawn: Path, images: int, model: ModelOptions, draw: DrawOptions
-) -> Iterator[tuple[Path | None, bool]]:
-    """Every set of images to score, and whether it was drawn for this; None in processes that do not score it."""
-    from lwd.data.sharding import Share
-
-    for source in samples:
-        if not _is_model(source):
-            if steps:
-                raise ValueError(f"--at-step chooses among the weights of a run; {source} holds images")
-            yield (source if Share.from_environment().rank == 0 else None), False
-            continue
-        from lwd.generation import sample_to_directory
-
-        for step in steps or (None,):
-            name = "-".join([*source.parts[-2:], *([] if step is None else [f"{step:08}"])]).strip("/")
-            directory = drawn / name
-            summary = sample_to_directory(
-                model.open(source, step), directory, draw.config, images=images, form="npz", batch=draw.batch,
-                title=f"sample {name}",
-            )  # fmt: skip
-            yield (None if summary is None else directory), True
 
 
 def _is_model(path: Path) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from lwd import distributed
 from lwd.files import write_atomically
 from lwd.objective import Denoiser
+from lwd.placement import place_steps
 from lwd.randomness import derived_seed
 from lwd.sampling import sample, seeded_noise
 from lwd.schedules import Schedule
@@ -43,8 +44,9 @@ class SampleSheets:
         self.labels = torch.arange(side**2, device=device) * classes // side**2
 
     def draw(self, denoiser: Denoiser, step: int) -> dict[str, Any]:
-        """Sample with 20 steps of Heun's method and write the sheet; for `lwd.training.Measure`."""
-        found = sample(denoiser, self.schedule, self.noise, self.labels, solver="heun", steps=20)
+        """Sample with 20 evaluations and write the sheet; for `lwd.training.Measure`."""
+        times = place_steps(self.schedule, 20, spacing="cosine")
+        found = sample(denoiser, self.schedule, self.noise, self.labels, solver="ab3", steps=times)
         if distributed.rank() == 0:
             from PIL import Image
 

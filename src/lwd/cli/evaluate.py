@@ -76,8 +76,10 @@ def evaluate(
     earlier = read_json(out)["results"] if out is not None and out.is_file() else []
     results: list[dict[str, Any]] = []
 
+    asked = {} if judge is not None else settings | {"network": network}
+
     def keep_result(result: dict[str, Any]) -> None:
-        results.append(result)
+        results.append(result | {"settings": result["settings"] | asked})
         if out is not None:  # after every set: a curve takes days
             write_json(out, {"format": "lwd-evaluations/1", "results": results})
 
@@ -90,7 +92,6 @@ def evaluate(
             continue
         for step in at_step or (None,):
             pipeline = model.open(source, step)
-            asked = {} if judge is not None else settings
             if (known := _scored(earlier, draw.config.describe(pipeline), images, str(reference), asked)) is not None:
                 results.append(known)
                 continue

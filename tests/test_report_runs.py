@@ -10,6 +10,7 @@ import lwd
 from lwd import cli
 from lwd.evaluation.inception import NAME as INCEPTION
 from lwd.files import write_json
+from lwd.generation import save_npz
 from lwd.report import write_comparison
 from lwd.report.collect import collect
 from lwd.report.comparison import Score, digits, tables
@@ -134,6 +135,11 @@ def test_the_page_and_its_tables(scores, capsys):
         Image.fromarray(np.full((200, 200, 3), 40 * i, np.uint8)).save(samples / "images" / f"{i:06}.png")
     note = {"format": "lwd-samples/1", "images": 6, "form": "png", "classes": [0, 1], "origin": {"run": "run"}}
     write_json(samples / "samples.json", note)
+    npz = scores / "packed"
+    npz.mkdir()
+    save_npz(npz / "samples.npz", arr_0=np.full((3, 8, 8), 7, np.uint8))
+    names = {"class_names": ["a cat", "a dog", "a ship"], "classes": [2, 0, 2]}
+    write_json(npz / "samples.json", note | names | {"images": 3, "form": "npz"})
     write_json(scores / "mine.json", {"else": 1})
     out = scores / "page" / "report.html"
     cli.main(f"report --paths {scores} --out {out}".split())
@@ -144,8 +150,9 @@ def test_the_page_and_its_tables(scores, capsys):
     assert "<sup>1</sup> Not as ADM’s protocol asks: 10000 generated images instead of 50000." in page
     assert "published, Table 1" in page
     assert "mine.json" in page  # found, but not used
-    assert "2 of each class" not in page
-    assert page.count("data:image/png;base64,") == 1
+    assert page.count("data:image/png;base64,") == 2
+    assert "<li>a cat</li><li>a ship</li>" in page
+    assert "packed: 3 images; the first 2 of each class" in page
     assert len(page) < 1_000_000
     stored = json.loads(out.with_suffix(".json").read_text())
     assert stored["tables"][0]["rows"][0]["cells"]["400000"]["values"] == [3.5]

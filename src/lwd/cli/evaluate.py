@@ -79,7 +79,7 @@ def evaluate(
     asked = {} if judge is not None else settings | {"network": network}
 
     def keep_result(result: dict[str, Any]) -> None:
-        results.append(result | {"settings": result["settings"] | asked})
+        results.append(result | {"settings": asked | result["settings"]})
         if out is not None:  # after every set: a curve takes days
             write_json(out, {"format": "lwd-evaluations/1", "results": results})
 

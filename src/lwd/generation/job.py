@@ -83,7 +83,8 @@ def sample_to_directory(
     rate = drawn / (time.perf_counter() - start) if drawn else None
     # Of this process, since it was last started: what was drawn before an interruption is not counted.
     speed = {"images_per_second": rate, "processes": share.world, "batch": batch}
-    return store.finish({"classes": drawer.classes, "speed": speed, "origin": origin})
+    names = list(pipeline.class_names)
+    return store.finish({"classes": drawer.classes, "class_names": names, "speed": speed, "origin": origin})
 
 
 def _compare(directory: Path, plan: dict[str, Any]) -> dict[str, Any] | None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from lwd.evaluation.images import NpzImages
 from lwd.files import read_json
+from lwd.generation.draw import channels_last
 from lwd.report.images import grid, png_uri
 
 SHOWN = (207, 360, 387, 974, 88, 979, 417, 279)
@@ -36,8 +38,8 @@ def _section(directory: Path) -> str:
     pictures = _pictures(directory, about["form"], [i for row in indices for i in row])
     blank = np.zeros_like(next(iter(pictures.values())))
     rows = [np.stack([pictures[i] for i in row] + [blank] * (width - len(row))) for row in indices]
-    names = about["origin"].get("class_names") or {}
-    labels = "".join(f"<li>{escape(str(names[number] if number < len(names) else number))}</li>" for number in chosen)
+    names = about.get("class_names", [])
+    labels = "".join(f"<li>{escape(names[number] if number < len(names) else str(number))}</li>" for number in chosen)
     left = f", {len(chosen)} of its {len(present)} classes" if len(chosen) < len(present) else ""
     caption = f"{escape(str(directory))}: {count:,} images{left}; the first {width} of each class, not selected."
     uri = png_uri(grid(rows))
@@ -51,10 +53,15 @@ def _pictures(directory: Path, form: str, indices: Sequence[int]) -> dict[int, A
     """uint8 [H, W] or [H, W, 3] each, made smaller where they are large."""
     from PIL import Image
 
+    found: dict[int, Image.Image] = {}
     if form == "npz":
-        with np.load(directory / "samples.npz") as arrays:
-            images = arrays["arr_0"]
-            found = {i: Image.fromarray(images[i]) for i in indices}
+        start = 0
+        for batch in NpzImages(directory / "samples.npz").batches(250):  # mapped: 50,000 images need not fit
+            images = channels_last(batch).numpy()
+            found |= {i: Image.fromarray(images[i - start]) for i in indices if start <= i < start + len(images)}
+            start += len(images)
+            if start > max(indices):
+                break
     else:
         found = {i: Image.open(directory / "images" / f"{i:06}.png") for i in indices}
     side = max(max(image.size) for image in found.values())

@@ -44,7 +44,8 @@ def _section(directory: Path) -> str:
     caption = f"{escape(str(directory))}: {count:,} images{left}; the first {width} of each class, not selected."
     uri = png_uri(grid(rows))
     return (
-        f'<figure><div class="classes"><ol>{labels}</ol><img src="{uri}" alt="samples by class"></div>'
+        f'<figure><div class="classes"><ol>{labels}</ol><img src="{uri}" alt="samples by class" '
+        f'style="max-width:{96 * width}px"></div>'
         f"<figcaption>{caption}</figcaption></figure>\n"
     )
 

@@ -58,12 +58,12 @@ def test_demo_is_resumable_and_leaves_a_page(tmp_path, small_data, monkeypatch):
     assert list(results["arms"]) == ["learned", "offset", "synchronous", "autoguidance"]
     for name, arm in results["arms"].items():
         assert arm["final"]["images"] == 40
-        assert arm["final"]["evaluations"] == 6, name
+        assert arm["final"]["evaluations"] == 3, name
         assert arm["final"]["fd_judge"] > results["floor"]["fd_judge"]
     assert [entry["step"] for entry in results["arms"]["offset"]["by_step"]] == [4, 7, 14]
-    # The offset path has three pieces, so one Heun step becomes three.
-    assert [e["evaluations"] for e in results["arms"]["offset"]["by_evaluations"]] == [6, 6]
-    assert [e["evaluations"] for e in results["arms"]["learned"]["by_evaluations"]] == [2, 6]
+    # The offset path has three pieces, so one step becomes three.
+    assert [e["evaluations"] for e in results["arms"]["offset"]["by_evaluations"]] == [3, 3]
+    assert [e["evaluations"] for e in results["arms"]["learned"]["by_evaluations"]] == [1, 3]
 
     with np.load(tmp_path / "trajectory.npz") as path:
         assert path["t"][0].tolist() == [0, 0]

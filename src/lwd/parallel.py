@@ -101,8 +101,8 @@ def compile_blocks(network: nn.Module, *, dynamic: bool | None = False) -> None:
     Args:
         dynamic: False for one size of batch; None also for others, as an adaptive solver has them when images arrive.
 
-    They are alike, so one compilation serves all: for the S of 12 blocks on a CPU 13 s in place of 56 s for the network
-    as one graph, which runs 0 to 5 % faster (benchmarks/results/against_sfd.json).
+    They are alike, so one compilation serves all: for the S of 12 blocks on two CPU cores 13 s in place of 56 s for the
+    network as one graph, which then runs 0 to 5 % faster.
     """
     for part in getattr(network, "blocks", None) or [network]:
         part.compile(dynamic=dynamic)

@@ -70,7 +70,8 @@ def test_convergence_beside_the_published_numbers(scores):
     assert published["imagenet-xl-600ep"].cells["70000"].values == (6.89,)
     assert published["imagenet-sfd-xl"].cells["400000"].values == (3.53,)
     assert own["imagenet-sfd-xl"].note == "10000 generated images instead of 50000"
-    assert table.is_best(own["imagenet-xl-600ep"], "400000")
+    assert table.is_best(own["imagenet-xl-600ep"], "70000")
+    assert not table.is_best(own["imagenet-xl-600ep"], "400000")  # the other one departs from the protocol
     assert not table.is_best(published["imagenet-xl-600ep"], "400000")
 
 
@@ -114,7 +115,7 @@ def test_encoders_side_by_side(tmp_path):
     table = by_title(tables(collect([tmp_path]).results), "FID by semantic encoder")
     own = {row.label: row for row in table.rows if row.kind == "own"}
     semvae = own["semvae of dinov2 · 400,000 iterations"]
-    assert (semvae.cells["learned"].mean, semvae.cells["offset"].mean) == (2.9, 3.5)
+    assert (semvae.cells["learned"].mean, semvae.cells["offset:0.3"].mean) == (2.9, 3.5)
     assert own["pca of clip · 400,000 iterations"].cells["learned"].mean == 4.6
     published = {row.note: row for row in table.rows if row.kind == "published"}
     assert published["imagenet-clip-pca: Table 3"].cells["learned"].values == (4.54,)
@@ -155,9 +156,12 @@ def test_the_page_and_its_tables(scores, capsys):
     assert "packed: 3 images; the first 2 of each class" in page
     assert len(page) < 1_000_000
     stored = json.loads(out.with_suffix(".json").read_text())
-    assert stored["tables"][0]["rows"][0]["cells"]["400000"]["values"] == [3.5]
+    departing = next(row for row in stored["tables"][0]["rows"] if row["kind"] == "own" and row["note"])
+    assert departing["label"] == "imagenet-sfd-xl · offset:0.3 · dopri5"
+    assert departing["cells"]["400000"]["values"] == [3.5]  # its complete checkpoint stands in a row of its own
+    assert "70000" not in departing["cells"]
     text = out.with_suffix(".md").read_text()
-    assert "| imagenet-xl-600ep · learned · dopri5 | **7.00** | **3.00 ± 0.14 (n = 2)** |" in text
+    assert "| imagenet-xl-600ep · learned · dopri5 | **7.00** | 3.00 ± 0.14 (n = 2) |" in text
     assert "| *imagenet-xl-600ep, published (Table 1)* | 6.89 | 2.87 |" in text
 
 
@@ -180,3 +184,137 @@ def test_what_cannot_be_reported(tmp_path):
 def test_digits():
     assert [digits(x) for x in (248.37, 2.868, 0.7849, 0.0)] == ["248.4", "2.87", "0.785", "0.000"]
     assert Score((1.0, 2.0)).mean == 1.5
+
+
+def write(path, *rows):
+    write_json(path / "scores.json", {"format": "lwd-evaluations/1", "results": list(rows)})
+    return tables(collect([path]).results)
+
+
+def own(table):
+    return [row for row in table.rows if row.kind == "own"]
+
+
+def test_every_checkpoint_stands_above_what_was_published_for_it(tmp_path):
+    found = write(
+        tmp_path,
+        result("imagenet-xl-600ep", 400_000, 1.2, guidance=GUIDED, batch_size=256),
+        result("imagenet-xl-600ep", 3_000_000, 2.2),
+        result("imagenet-xl-600ep", 400_000, 1.7, guidance=GUIDED | {"kind": "classifier-free"}),
+    )
+    guided = by_title(found, "All scores, guided")
+    assert [(row.kind, row.cells["fid"].mean) for row in guided.rows[:3]] == [
+        ("own", 1.2), ("published", 1.14), ("own", 1.7),
+    ]  # fmt: skip
+    published = guided.rows[1].cells
+    assert [published[key].mean for key in ("sfid", "inception_score", "precision", "recall")] == [
+        3.79, 248.4, 0.78, 0.71,
+    ]  # fmt: skip
+    assert guided.rows[0].cells["epochs"] == published["epochs"] == "80"
+    assert published["weak"] == "imagenet-b-weak@70000"
+    unguided = next(table for table in found if table.title == "All scores")
+    assert [(row.kind, row.cells["fid"].mean) for row in unguided.rows] == [("own", 2.2), ("published", 2.14)]
+    assert not unguided.is_best(unguided.rows[0], "fid")  # guided and unguided rows do not compete
+
+
+def test_the_other_systems_of_the_paper_follow_once(tmp_path):
+    guided = by_title(write(tmp_path, result("imagenet-xl-600ep", 400_000, 1.2, guidance=GUIDED)), "All scores, guided")
+    others = {row.label: row.cells for row in guided.rows[2:]}
+    assert others["REPA-E"]["fid"].mean == 1.12
+    assert others["RAE-DiT-DH"]["parameters"] == "839M"
+    assert "sfid" not in others["DDT"]
+    means = [row.cells["fid"].mean for row in guided.rows if row.label == "imagenet-xl-600ep"]
+    assert sorted(means) == [1.02, 1.05, 1.14]  # the row beside ours is not repeated below
+
+
+def test_table_1_has_the_other_models_at_our_iterations(tmp_path):
+    table = by_title(
+        write(tmp_path, result("imagenet-xl-600ep", 400_000, 2.9), result("imagenet-xl-600ep", 1_000_000, 2.4)),
+        "FID by training iterations",
+    )
+    published = [(row.label, {key: cell.mean for key, cell in row.cells.items()}) for row in table.rows[1:]]
+    assert published == [
+        ("imagenet-xl-600ep", {"400000": 2.87, "1000000": 2.37}),
+        ("imagenet-sfd-xl", {"400000": 3.53, "1000000": 2.82}),
+        ("imagenet-lightningdit", {"400000": 9.29, "1000000": 7.48}),
+        ("imagenet-lightningdit-repa", {"400000": 6.94, "1000000": 6.17}),
+        ("DiT-XL/2", {"400000": 19.47}),
+    ]
+
+
+def test_only_seeds_are_pooled(tmp_path):
+    def probed(kinetic, rho):
+        schedule = lwd.PolynomialSchedule(rho=rho).to_dict()
+        return schedule | {"provenance": {"probe": {"kinetic": kinetic}}}
+
+    curves = [probed(0.04, [0.5, -2.0, -2.0, -2.0, 1.0]), probed(0.04, [0.6, -2.0, -2.0, -2.0, 1.0])]
+    found = write(
+        tmp_path,
+        result("imagenet-xl-80ep", 400_000, 2.8, seed=0, schedule=curves[0]),
+        result("imagenet-xl-80ep", 400_000, 3.0, seed=1, schedule=curves[1]),
+        result("imagenet-xl-80ep", 400_000, 3.9, seed=2, schedule=probed(0.1, [0.9, -2.0, -2.0, -2.0, 1.0])),
+        result("imagenet-xl-80ep", 400_000, 9.9, seed=3, protocol=["chunk = 10 instead of 5000"]),
+        result("imagenet-xl-80ep", 400_000, 4.4, batch_size=512),
+        result("imagenet-xl-80ep", 400_000, 4.8, batch_size=128),
+        result("imagenet-xl-80ep", 400_000, 4.8, batch_size=128),  # the same set, scored twice
+    )
+    rows = {row.label: row.cells["fid"].values for row in own(by_title(found, "All scores")) if not row.note}
+    assert rows == {
+        "imagenet-xl-80ep · learned, λ 0.04 · dopri5": (2.8, 3.0),
+        "imagenet-xl-80ep · learned, λ 0.1 · dopri5": (3.9,),
+        "imagenet-xl-80ep · learned · dopri5 · batch 512 · 674.0M · semvae of dinov2": (4.4,),
+        "imagenet-xl-80ep · learned · dopri5 · batch 128 · 674.0M · semvae of dinov2": (4.8,),
+    }
+    assert [row.cells["fid"].values for row in own(by_title(found, "All scores")) if row.note] == [(9.9,)]
+
+
+def test_nothing_published_beside_another_schedule_than_the_recipes(tmp_path):
+    found = write(tmp_path, result("imagenet-xl-80ep", 400_000, 3.4, schedule=OFFSET))
+    assert [row.kind for row in by_title(found, "All scores").rows] == ["own"]
+
+
+def test_judges_of_small_data_do_not_mix(tmp_path):
+    def judged(judge, distance):
+        row = result("embedded", 1400, distance)
+        settings = {"judge": {"path": "judge.safetensors", "sha256": judge * 8}, "reference": row.pop("reference")}
+        del row["extractor"], row["protocol"]
+        return row | {"metrics": {"fd_judge": distance, "precision": 0.7}, "settings": settings}
+
+    found = write(tmp_path, judged("a1", 7.0), judged("b2", 8.0))
+    assert [table.about for table in found] == [
+        "features of judge a1a1a1a1 of small data, reference VIRTUAL.npz, 50,000 images",
+        "features of judge b2b2b2b2 of small data, reference VIRTUAL.npz, 50,000 images",
+    ]
+    assert list(found[0].columns)[:2] == ["fd_judge", "precision"]
+
+
+def test_two_lambda_on_one_encoder_are_two_rows(tmp_path):
+    probed = LEARNED | {"provenance": {"probe": {"kinetic": 0.02}}}
+    pca = {"semantic": {"encoder": "pca", "network": {"network": "clip"}}}
+    found = write(
+        tmp_path,
+        result("imagenet-semvae", 400_000, 2.9, schedule=probed),
+        result("imagenet-semvae", 400_000, 3.3, schedule=LEARNED | {"provenance": {"probe": {"kinetic": 0.1}}}),
+        result("imagenet-sfd-xl", 400_000, 3.5),
+        result("imagenet-clip-pca", 400_000, 4.6, encoders=pca),
+    )
+    table = by_title(found, "FID by semantic encoder")
+    rows = [{key: cell.mean for key, cell in row.cells.items()} for row in own(table)]
+    assert rows == [{"learned": 4.6}, {"learned": 2.9, "offset:0.3": 3.5}, {"learned": 3.3}]
+    published = [row.cells for row in table.rows if row.kind == "published"]
+    assert {"offset:0.3": Score((3.53,))} in published  # in the column of our own offset
+    assert list(table.columns) == ["learned", "offset:0.3"]
+
+
+def test_images_of_unknown_origin_stand_apart(tmp_path):
+    stray = result("imagenet-xl-80ep", 400_000, 5.5)
+    del stray["generated"]["origin"]
+    found = write(tmp_path, stray, result("imagenet-xl-80ep", 400_000, 2.9))
+    assert [row.cells["fid"].mean for row in by_title(found, "Images of unknown origin").rows] == [5.5]
+    assert [row.cells["fid"].mean for row in own(by_title(found, "All scores"))] == [2.9]
+
+
+def test_a_damaged_result_is_named(tmp_path):
+    write_json(tmp_path / "scores.json", {"format": "lwd-evaluations/1", "results": [{"metrics": {"fid": 1.0}}]})
+    with pytest.raises(ValueError, match=r"scores\.json is a damaged file of evaluations"):
+        collect([tmp_path])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -42,13 +43,15 @@ class Result:
     @property
     def network(self) -> str:
         """Whose features were compared."""
-        return str(self.data.get("extractor", {}).get("name", "judge of small data"))
+        if "extractor" in self.data:
+            return str(self.data["extractor"].get("name"))
+        return f"judge {str(self.data.get('settings', {}).get('judge', {}).get('sha256'))[:8]} of small data"
 
     @property
     def reference(self) -> tuple[str, str]:
         """Name and hash."""
         about = self.data.get("reference") or self.data.get("settings", {}).get("reference", {})
-        return Path(str(about.get("name"))).name, str(about.get("sha256"))
+        return Path(str(about.get("name") or about.get("path"))).name, str(about.get("sha256"))
 
     @property
     def deviations(self) -> Sequence[str]:
@@ -85,6 +88,43 @@ class Result:
         origin = self.origin
         steps = f", {origin['steps']} steps" if origin.get("steps") else ""
         return f"{origin['solver']}{steps}" if origin.get("solver") else ""
+
+    @property
+    def schedule(self) -> str:
+        """``"learned"`` (with its lambda, where that is on record), ``"offset:0.3"``, or the kind of another one."""
+        about = self.origin.get("schedule") or {}
+        kind, probe = about.get("kind", ""), (about.get("provenance") or {}).get("probe") or {}
+        if kind == "polynomial":
+            return f"learned, λ {probe['kinetic']:g}" if "kinetic" in probe else "learned"
+        return f"offset:{about['parameters']['delta']:g}" if kind == "offset" else str(kind)
+
+    @cached_property
+    def experiment(self) -> tuple[str, ...]:
+        """Equal for results that differ in nothing but seeds, and in the iterations of one training."""
+        origin = self.origin
+        weak = (origin.get("guidance") or {}).get("weak") or {}
+        named = origin.get("recipe") or origin.get("run") or self.data["generated"].get("name")
+        # A learned curve is another one with every seed: its lambda says what was asked for.
+        curve = self.schedule if "λ" in self.schedule else (origin.get("schedule") or {}).get("parameters")
+        parts = [named, self.guidance, weak.get("recipe") or weak.get("run"), weak.get("step"), curve]
+        parts += [origin.get(key) for key in ("batch_size", "parameters", "placement", "atol", "rtol")]
+        parts += [self.sampler, _without_places(origin.get("encoders")), self.deviations]
+        parts.append(self.data.get("settings", {}).get("distances"))
+        return tuple(json.dumps(part, sort_keys=True) for part in parts)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """Equal for one set of images scored twice with the same outcome."""
+        generated = self.data["generated"]
+        content = generated.get("sha256") or self.source
+        return (
+            content,
+            self.origin.get("run"),
+            self.step,
+            self.origin.get("seed"),
+            *self.comparable,
+            *self.metrics.items(),
+        )
 
     @cached_property
     def comparable(self) -> tuple[Any, ...]:
@@ -160,7 +200,8 @@ def _add(found: Collected, file: Path, *, named: bool) -> None:
     data = read_json(file)
     kind = data.get("format") if isinstance(data, dict) else None
     if kind == "lwd-evaluations/1":
-        found.results.extend(Result(file, result) for result in data["results"])
+        known = {result.identity for result in found.results}
+        found.results.extend(r for r in _results(file, data) if r.identity not in known)
     elif kind == "lwd-samples/1":
         found.samples.append(here)
     elif isinstance(data, dict) and {"runs", "picked"} <= data.keys():
@@ -169,3 +210,19 @@ def _add(found: Collected, file: Path, *, named: bool) -> None:
         raise ValueError(f"{file} is no evaluation, sweep or set of samples (its format is {kind!r})")
     else:
         found.unused.append(file)
+
+
+def _results(file: Path, data: Mapping[str, Any]) -> list[Result]:
+    """The results of a file of evaluations, without repetitions; ValueError, with the file, when it is damaged."""
+    try:
+        results = [Result(file, result) for result in data["results"]]
+        return list({result.identity: result for result in results if result.metrics and result.experiment}.values())
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{file} is a damaged file of evaluations ({type(error).__name__}: {error})") from error
+
+
+def _without_places(about: Any) -> Any:
+    """What describes encoders, without where their files lie: the same encoder may lie elsewhere."""
+    if not isinstance(about, Mapping):
+        return about
+    return {key: _without_places(value) for key, value in about.items() if key not in ("source", "file", "explained")}

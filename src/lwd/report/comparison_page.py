@@ -12,7 +12,7 @@ import numpy as np
 from lwd.files import sha256_of, write_json, write_text
 from lwd.report import figures
 from lwd.report.collect import Collected, Result, Run, collect
-from lwd.report.comparison import Table, leading, published_curve, tables
+from lwd.report.comparison import Table, experiment_titles, leading, on_its_recipe, published_curve, tables
 from lwd.report.sample_pages import sample_sections
 from lwd.report.sections import figure, legend
 from lwd.report.style import COLOURS, stylesheet
@@ -119,39 +119,68 @@ def _legend(labels: Sequence[str]) -> str:
 
 
 def _convergence(results: Sequence[Result]) -> str:
-    """The leading metric against iterations, for every set of comparable results with two steps or more."""
+    """The leading metric against iterations, for every set of comparable results with two steps or more; guided and
+    unguided ones in panels of their own."""
     content = ""
     for setting in dict.fromkeys(result.comparable for result in results):
         group = [result for result in results if result.comparable == setting and result.step is not None]
-        curves: dict[str, dict[int, list[float]]] = {}
         if not group:
             continue
         metric = leading(group)
-        for result in group:
-            label = " · ".join(filter(None, (result.label, result.guidance, result.sampler)))
-            assert result.step is not None
-            curves.setdefault(label, {}).setdefault(result.step, []).append(result.metrics[metric])
-        if max(len(points) for points in curves.values()) < 2:
+        group = [result for result in group if metric in result.metrics]
+        experiments = experiment_titles(group)
+        if max((len({result.step for result in mine}) for _, mine in experiments), default=0) < 2:
             continue
-        recipes = {r.label: bool(r.guidance) for r in group if metric == "fid"}
-        published = {name: rows for name, guided in recipes.items() if (rows := published_curve(name, guided=guided))}
+        numbers = {id(mine): number for number, (_, mine) in enumerate(experiments)}
+        names = [" · ".join(filter(None, (title, mine[0].guidance))) for title, mine in experiments]
+        panels, dotted = list[str](), False
+        for guided in (False, True):
+            here = {numbers[id(mine)]: mine for _, mine in experiments if bool(mine[0].guidance) == guided}
+            if not here:
+                continue
+            published = {
+                number: rows
+                for number, mine in here.items()
+                if on_its_recipe(mine[0]) and (rows := published_curve(mine[0].label, guided=guided))
+            }
+            dotted = dotted or bool(published)
+            title = f"{metric}, {'with' if guided else 'without'} guidance"
 
-        def draw(axes: Any, curves: Any = curves, published: Any = published) -> None:
-            for number, points in enumerate(curves.values()):
-                steps = sorted(points)
-                means = [float(np.mean(points[step])) for step in steps]
-                axes.plot(steps, means, marker="o", clip_on=False, zorder=3, **_line(number))
-            for rows in published.values():
-                axes.plot([r.iterations for r in rows], [r.fid for r in rows], color=figures.MUTED, linestyle=":")
-            values = [value for points in curves.values() for seeds in points.values() for value in seeds]
-            figures._value_axis(axes, values + [row.fid for rows in published.values() for row in rows])
+            def draw(axes: Any, here: Any = here, published: Any = published, metric: str = metric) -> None:
+                values = _draw_convergence(axes, here, published, metric)
+                figures._value_axis(axes, values)
 
-        drawn = figures.panel(draw, metric, "training iterations", width=480, height=330)
-        dotted = " Dotted: published for the same recipes." if published else ""
+            panels.append(figures.panel(draw, title, "training iterations", width=480, height=330))
         network, reference, _, images = setting
-        caption = f"Features of {escape(network)}, reference {escape(reference)}, {images:,} images.{dotted}"
-        content += figure([drawn], caption, _legend(list(curves)), "panels single")
+        caption = f"Features of {escape(network)}, reference {escape(reference)}, {images:,} images."
+        caption += " Dotted, in the same colour: published for the same recipe." if dotted else ""
+        if any(result.deviations for result in group):
+            caption += " Hollow: not as ADM’s protocol asks, see the notes of the tables."
+        content += figure(panels, caption, _legend(names), "panels" if len(panels) > 1 else "panels single")
     return content
+
+
+def _draw_convergence(
+    axes: Any, here: Mapping[int, Sequence[Result]], published: Mapping[int, Any], metric: str
+) -> list[float]:
+    """Draw our curves and the published ones; returns every value drawn."""
+    values = list[float]()
+    for number, rows in published.items():
+        marker = "." if len(rows) == 1 else None
+        colour = _line(number)["color"]
+        axes.plot([r.iterations for r in rows], [r.fid for r in rows], color=colour, linestyle=":", marker=marker)
+        values += [row.fid for row in rows]
+    for number, mine in here.items():
+        points: dict[int, list[float]] = {}
+        for result in mine:
+            points.setdefault(result.step or 0, []).append(result.metrics[metric])
+        steps = sorted(points)
+        means = [float(np.mean(points[step])) for step in steps]
+        style = _line(number)
+        hollow = {"markerfacecolor": figures.PAPER, "markeredgecolor": style["color"]} if mine[0].deviations else {}
+        axes.plot(steps, means, marker="o", clip_on=False, zorder=3, **style, **hollow)
+        values += [value for seeds in points.values() for value in seeds]
+    return values
 
 
 def _sweep(path: Path, sweep: Mapping[str, Any]) -> str:

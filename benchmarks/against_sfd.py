@@ -3,16 +3,20 @@
     git clone https://github.com/yuemingPAN/SFD
     python benchmarks/against_sfd.py SFD --json against_sfd.json
 
-A step is forward, loss (offset 0.3, cosine term; with --repa REPA too), backward, AdamW and the moving average. Both
-are compiled as they come: theirs by its decorators, ours by `--compile`; they take turns, and ratios are of medians.
-Before, the velocities of both for one batch are compared.
+A step is forward, loss (offset 0.3, cosine term; with --repa REPA too), backward, AdamW and the moving average. SFD is
+compiled as it comes, by its decorators. Every contender runs in a process of its own, several times in turns: ours as
+the command line runs it, which keeps freed memory, and "lwd as a library" without that. Ratios are of medians. Before,
+the velocities of both for one batch are compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,67 +29,103 @@ from lwd import IMAGENET_SPEC, LightningDiT, OffsetSchedule, TrainConfig
 from lwd.data import TensorLatents
 from lwd.files import write_json
 from lwd.machine import describe_machine, describe_versions, pick_device
+from lwd.memory import keep_freed_memory
 from lwd.parallel import Precision, autocast
 from lwd.training import _Training
 from sfd_code import import_sfd, sfd_network, sfd_transport
+from train_step import peak
+
+CONTENDERS = ("SFD", "lwd", "lwd compiled", "lwd compiled, as a library")
+WARM_UP = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sfd", type=Path, help="a checkout of yuemingPAN/SFD")
-    parser.add_argument("--size", default="S")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--precisions", nargs="*", default=["float32", "bf16"])
-    parser.add_argument("--repa", action="store_true")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--json", type=Path, help="write the result here too")
-    chosen = parser.parse_args()
+    chosen = parse()
     import_sfd(chosen.sfd)
-    device, rows = pick_device(chosen.device), []
+    device = pick_device(chosen.device)
+    if chosen.one:
+        precision, name = chosen.one
+        print(json.dumps(measure(name, precision, chosen, device)))
+        return
+    rows = []
     for precision in chosen.precisions:
-        rows.append(compare(chosen.size, chosen.batch, precision, chosen.repa, chosen.repeats, device))
+        rows.append(compare(precision, chosen, device))
         for name, value in rows[-1].items():
-            print(f"{name:<44}{value:.4g}" if isinstance(value, float) else f"{name:<44}{value}")
+            print(f"{name:<52}{value:.4g}" if isinstance(value, float) else f"{name:<52}{value}")
         print()
     if chosen.json is not None:
         described = {"machine": describe_machine(device), "versions": describe_versions()}
         write_json(chosen.json, {"steps": rows, **described})
 
 
-def compare(
-    size: str, batch: int, precision: Precision, repa: bool, repeats: int, device: torch.device
-) -> dict[str, Any]:
-    theirs = sfd_network(size, repa=repa).to(device)
-    ours = LightningDiT.from_sfd(theirs.state_dict(), **({} if repa else {"repa_depth": None})).to(device)
-    difference = velocity_difference(theirs, ours, batch, precision, device)
-    before = measure_limits(device, precision)
-    steps = {
-        "SFD": their_step(theirs, batch, precision, repa, device),
-        "lwd": our_step(copy.deepcopy(ours), batch, precision, repa, device, compiled=False),
-        "lwd compiled": our_step(ours, batch, precision, repa, device, compiled=True),
-    }
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for number in range(repeats + 3):
-        for name, step in steps.items():
-            seconds = timed(lambda step=step, number=number: step(number), device)
-            times[name] += [seconds] if number >= 3 else []
-    middle = {name: statistics.median(values) for name, values in times.items()}
-    after = measure_limits(device, precision)  # a limit is the best that the machine gave, before or after
-    limits = Limits(max(before.operations, after.operations), max(before.bytes, after.bytes))
-    floor = limits.floor(*training_work(ours.config, precision, batch))
-    row: dict[str, Any] = {"size": size, "batch": batch, "precision": precision, "repa": repa,
-                           "relative difference of velocities": difference, "floor seconds": floor}  # fmt: skip
-    for name, seconds in middle.items():
-        row |= {f"{name}: seconds": seconds, f"{name}: fastest, slowest": [min(times[name]), max(times[name])]}
-        row |= {f"{name}: share of the floor": floor / seconds, f"{name}: ratio to SFD": middle["SFD"] / seconds}
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sfd", type=Path, help="a checkout of yuemingPAN/SFD")
+    parser.add_argument("--size", default="S")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--precisions", nargs="*", default=["float32", "bf16"])
+    parser.add_argument("--repa", action="store_true")
+    parser.add_argument("--recompute", type=int, default=0, help="blocks of ours whose activations are computed again")
+    parser.add_argument("--rounds", type=int, default=3, help="times that every contender's process is started")
+    parser.add_argument("--repeats", type=int, default=6, help="steps that are timed in every process")
+    parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", type=Path, help="write the result here too")
+    parser.add_argument("--one", nargs=2, metavar=("PRECISION", "CONTENDER"), help="measure this one in this process")
+    return parser.parse_args()
+
+
+def compare(precision: Precision, chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    difference = velocity_difference(chosen.size, min(chosen.batch, 8), precision, device)
+    limits = [measure_limits(device, precision)]
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen.contenders}
+    for number in range(chosen.rounds):
+        for name in chosen.contenders:
+            command = [sys.executable, *sys.argv, "--one", precision, name]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            print(f"{precision}, round {number + 1} of {chosen.rounds}: {name}", file=sys.stderr)
+    limits.append(measure_limits(device, precision))  # a limit is the best that the machine gave, before or after
+    best = Limits(max(limit.operations for limit in limits), max(limit.bytes for limit in limits))
+    config = LightningDiT.from_sfd(sfd_network(chosen.size, repa=chosen.repa).state_dict()).config
+    floor = best.floor(*training_work(config, precision, chosen.batch))
+    middle = {name: statistics.median(t for run in runs for t in run["seconds"]) for name, runs in found.items()}
+    row: dict[str, Any] = {
+        "size": chosen.size, "batch": chosen.batch, "precision": precision, "repa": chosen.repa,
+        "recompute": chosen.recompute, "relative difference of velocities": difference, "floor seconds": floor,
+    }  # fmt: skip
+    for name, runs in found.items():
+        seconds = [t for run in runs for t in run["seconds"]]
+        row |= {f"{name}: seconds": middle[name], f"{name}: fastest, slowest": [min(seconds), max(seconds)]}
+        row |= {f"{name}: images per second": chosen.batch / middle[name]}
+        row |= {f"{name}: peak GB": max(run["peak"] for run in runs) / 1e9}
+        row |= {f"{name}: share of the floor": floor / middle[name]}
+        if "SFD" in middle:
+            row |= {f"{name}: ratio to SFD": middle["SFD"] / middle[name]}
     return row
 
 
-def velocity_difference(
-    theirs: nn.Module, ours: LightningDiT, batch: int, precision: Precision, device: torch.device
-) -> float:
+def measure(name: str, precision: Precision, chosen: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Seconds of single steps and peak bytes of the contender `name`."""
+    if name.startswith("lwd") and "library" not in name:
+        keep_freed_memory()
+    theirs = sfd_network(chosen.size, repa=chosen.repa).to(device)
+    if name == "SFD":
+        step = their_step(theirs, chosen.batch, precision, chosen.repa, device)
+    else:
+        ours = LightningDiT.from_sfd(theirs.state_dict(), **({} if chosen.repa else {"repa_depth": None})).to(device)
+        del theirs
+        step = our_step(
+            ours, chosen.batch, precision, chosen.repa, device, compiled="compiled" in name, recompute=chosen.recompute
+        )
+    times = [timed(lambda number=number: step(number), device) for number in range(WARM_UP + chosen.repeats)]
+    return {"seconds": times[WARM_UP:], "peak": peak(device)}
+
+
+def velocity_difference(size: str, batch: int, precision: Precision, device: torch.device) -> float:
     """In evaluation mode, where neither drops labels."""
+    theirs = sfd_network(size, repa=False).to(device)
+    ours = LightningDiT.from_sfd(theirs.state_dict()).to(device)
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(batch, 48, 16, 16, generator=generator).to(device)
     t = torch.rand(batch, 2, generator=generator).to(device)
@@ -93,8 +133,6 @@ def velocity_difference(
     with torch.no_grad(), autocast(precision, device):
         found = ours.eval()(z, t, labels)
         expected = theirs.eval()(z, (t[:, 0], t[:, 1]), labels)
-    theirs.train()
-    ours.train()
     return float((found - expected).norm() / expected.norm())
 
 
@@ -126,14 +164,27 @@ def their_step(
 
 
 def our_step(
-    model: LightningDiT, batch: int, precision: Precision, repa: bool, device: torch.device, *, compiled: bool
+    model: LightningDiT,
+    batch: int,
+    precision: Precision,
+    repa: bool,
+    device: torch.device,
+    *,
+    compiled: bool,
+    recompute: int = 0,
 ) -> Callable[[int], Any]:
     """As `lwd.train` does it."""
     latents = torch.randn(4 * batch, 48, 16, 16, device=device)
     features = torch.randn(4 * batch, 768, 16, 16, device=device) if repa else None
     data = TensorLatents(IMAGENET_SPEC, latents, torch.arange(4 * batch, device=device), features=features)
     config = TrainConfig(
-        batch_size=batch, precision=precision, compile=compiled, repa=float(repa), tau="logit_normal", jacobian="none"
+        batch_size=batch,
+        precision=precision,
+        compile=compiled,
+        repa=float(repa),
+        tau="logit_normal",
+        jacobian="none",
+        recompute=recompute,
     )
     return _Training(model, OffsetSchedule(0.3).to(device), data, config, None, device).update
 

@@ -27,6 +27,7 @@ from lwd.cost import activation_bytes, forward_flops, state_bytes
 from lwd.data import TensorLatents
 from lwd.files import write_json
 from lwd.machine import default_precision, describe_machine, describe_versions, pick_device
+from lwd.memory import keep_freed_memory
 from lwd.objective import denoiser_objective
 from lwd.parallel import Trained, adamw
 from lwd.probe import _Probe
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result here too")
     parser.add_argument("--one", nargs=2, metavar=("SIZE", "BATCH"), help="measure one step and its peak memory only")
     chosen = parser.parse_args()
+    keep_freed_memory()
     device = pick_device(chosen.device)
     if chosen.one:
         size, batch = chosen.one[0], int(chosen.one[1])

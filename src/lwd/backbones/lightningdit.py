@@ -174,7 +174,8 @@ class LightningDiT(nn.Module):
         """
         if not torch.compiler.is_compiling():
             self._check(z, t, labels, return_projection)
-        x = self.x_embedder(z.to(self.x_embedder.weight.dtype)).flatten(2).transpose(1, 2) + self.positions
+        # Contiguous, or all that follows would keep the convolution's layout, in which a token's channels lie apart.
+        x = self.x_embedder(z.to(self.x_embedder.weight.dtype)).flatten(2).transpose(1, 2).contiguous() + self.positions
         condition = self._time_condition(t) + self.y_embedder(labels)
         projection = None
         for depth, block in enumerate(self.blocks, start=1):

@@ -12,6 +12,7 @@ from lwd.cli.evaluate import evaluate
 from lwd.cli.report import report
 from lwd.cli.sample import sample
 from lwd.cli.train import probe, train
+from lwd.memory import keep_freed_memory
 
 
 def demo(
@@ -68,6 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
         import tyro
     except ImportError:
         _fail('the command line needs an extra: pip install "lwd[cli]"')
+    keep_freed_memory()
     try:
         tyro.cli(
             COMMANDS[name],

@@ -26,11 +26,11 @@ from torch import nn
 
 from floor import Limits, measure_limits, timed, training_work
 from lwd import IMAGENET_SPEC, LightningDiT, OffsetSchedule, TrainConfig
+from lwd.compute import Precision, autocast
 from lwd.data import TensorLatents
 from lwd.files import write_json
 from lwd.machine import describe_machine, describe_versions, pick_device
 from lwd.memory import keep_freed_memory
-from lwd.parallel import Precision, autocast
 from lwd.training import _Training
 from sfd_code import import_sfd, sfd_network, sfd_transport
 from train_step import peak
@@ -66,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precisions", nargs="*", default=["float32", "bf16"])
     parser.add_argument("--repa", action="store_true")
     parser.add_argument("--recompute", type=int, default=0, help="blocks of ours whose activations are computed again")
+    parser.add_argument("--accumulate", type=int, default=1, help="parts that ours computes its batch in")
     parser.add_argument("--rounds", type=int, default=3, help="times that every contender's process is started")
     parser.add_argument("--repeats", type=int, default=6, help="steps that are timed in every process")
     parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=CONTENDERS)
@@ -79,20 +80,28 @@ def compare(precision: Precision, chosen: argparse.Namespace, device: torch.devi
     difference = velocity_difference(chosen.size, min(chosen.batch, 8), precision, device)
     limits = [measure_limits(device, precision)]
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen.contenders}
+    failed: dict[str, str] = {}
     for number in range(chosen.rounds):
         for name in chosen.contenders:
+            if name in failed:
+                continue
             command = [sys.executable, *sys.argv, "--one", precision, name]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
+            done = subprocess.run(command, capture_output=True, text=True)
             print(f"{precision}, round {number + 1} of {chosen.rounds}: {name}", file=sys.stderr)
+            if done.returncode:  # out of memory, most of all, which is a result too
+                failed[name] = done.stderr.strip().splitlines()[-1]
+            else:
+                found[name].append(json.loads(done.stdout.splitlines()[-1]))
     limits.append(measure_limits(device, precision))  # a limit is the best that the machine gave, before or after
     best = Limits(max(limit.operations for limit in limits), max(limit.bytes for limit in limits))
     config = LightningDiT.from_sfd(sfd_network(chosen.size, repa=chosen.repa).state_dict()).config
-    floor = best.floor(*training_work(config, precision, chosen.batch))
+    floor = best.floor(*training_work(config, precision, chosen.batch, projector=chosen.repa))
+    found = {name: runs for name, runs in found.items() if name not in failed}
     middle = {name: statistics.median(t for run in runs for t in run["seconds"]) for name, runs in found.items()}
     row: dict[str, Any] = {
         "size": chosen.size, "batch": chosen.batch, "precision": precision, "repa": chosen.repa,
-        "recompute": chosen.recompute, "relative difference of velocities": difference, "floor seconds": floor,
+        "recompute": chosen.recompute, "accumulate": chosen.accumulate, "failed": failed,
+        "relative difference of velocities": difference, "floor seconds": floor,
     }  # fmt: skip
     for name, runs in found.items():
         seconds = [t for run in runs for t in run["seconds"]]
@@ -115,9 +124,8 @@ def measure(name: str, precision: Precision, chosen: argparse.Namespace, device:
     else:
         ours = LightningDiT.from_sfd(theirs.state_dict(), **({} if chosen.repa else {"repa_depth": None})).to(device)
         del theirs
-        step = our_step(
-            ours, chosen.batch, precision, chosen.repa, device, compiled="compiled" in name, recompute=chosen.recompute
-        )
+        memory = {"recompute": chosen.recompute, "accumulate": chosen.accumulate}
+        step = our_step(ours, chosen.batch, precision, chosen.repa, device, compile="compiled" in name, **memory)
     times = [timed(lambda number=number: step(number), device) for number in range(WARM_UP + chosen.repeats)]
     return {"seconds": times[WARM_UP:], "peak": peak(device)}
 
@@ -164,28 +172,15 @@ def their_step(
 
 
 def our_step(
-    model: LightningDiT,
-    batch: int,
-    precision: Precision,
-    repa: bool,
-    device: torch.device,
-    *,
-    compiled: bool,
-    recompute: int = 0,
+    model: LightningDiT, batch: int, precision: Precision, repa: bool, device: torch.device, **settings: Any
 ) -> Callable[[int], Any]:
-    """As `lwd.train` does it."""
+    """As `lwd.train` does it, with further `settings` of `lwd.TrainConfig`."""
     latents = torch.randn(4 * batch, 48, 16, 16, device=device)
     features = torch.randn(4 * batch, 768, 16, 16, device=device) if repa else None
-    data = TensorLatents(IMAGENET_SPEC, latents, torch.arange(4 * batch, device=device), features=features)
-    config = TrainConfig(
-        batch_size=batch,
-        precision=precision,
-        compile=compiled,
-        repa=float(repa),
-        tau="logit_normal",
-        jacobian="none",
-        recompute=recompute,
-    )
+    labels = torch.arange(4 * batch, device=device) % 1000
+    data = TensorLatents(IMAGENET_SPEC, latents, labels, features=features)
+    settings = {"precision": precision, "repa": float(repa), "tau": "logit_normal", "jacobian": "none"} | settings
+    config = TrainConfig(batch_size=batch, **settings)
     return _Training(model, OffsetSchedule(0.3).to(device), data, config, None, device).update
 
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from lwd import IMAGENET_SPEC, LightningDiTConfig, lightningdit_config
+from lwd.compute import Precision
 from lwd.cost import TRAINING_FACTOR, activation_bytes, forward_flops, parameter_count, state_bytes
 from lwd.files import write_json
 from lwd.machine import describe_machine, describe_versions, pick_device
-from lwd.parallel import Precision
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -75,12 +75,14 @@ def forward_work(config: LightningDiTConfig, precision: Precision, batch: int) -
     return batch * forward_flops(config), parameter_count(config) * (4 if precision == "float32" else 2)
 
 
-def training_work(config: LightningDiTConfig, precision: Precision, batch: int) -> tuple[float, float]:
-    """Operations and least bytes of a training step: what the backward pass needs is written and read once, weights,
-    gradients, moments and average are read and written once."""
-    state = 2 * state_bytes(parameter_count(config), precision)
-    kept = 2 * batch * activation_bytes(config, precision)
-    return TRAINING_FACTOR * batch * forward_flops(config), state + kept
+def training_work(
+    config: LightningDiTConfig, precision: Precision, batch: int, *, projector: bool = False
+) -> tuple[float, float]:
+    """Operations and least bytes of a training step, with REPA's `projector` or without: what the backward pass needs
+    is written and read once, weights, gradients, moments and average are read and written once."""
+    state = 2 * state_bytes(parameter_count(config, projector=projector), precision)
+    kept = 2 * batch * activation_bytes(config, precision, projector=projector)
+    return TRAINING_FACTOR * batch * forward_flops(config, projector=projector), state + kept
 
 
 def main() -> None:

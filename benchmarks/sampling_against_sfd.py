@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from floor import timed
 from lwd import AutoGuidance, LightningDiT, Pipeline, sample, seeded_noise
 from lwd.backbones.sfd import _their_name
+from lwd.compute import compile_blocks
 from lwd.files import write_json
 from lwd.machine import describe_machine, describe_versions, pick_device
-from lwd.parallel import compile_blocks
 from lwd.placement import place_steps
 from sfd_code import MODEL_OPTIONS, import_sfd, sfd_transport
 

@@ -16,11 +16,10 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-
 from lwd import distributed
 from lwd.files import read_json, write_json
+
+# torch.distributed.checkpoint takes as long to import as half of torch: only what writes or reads one waits for it.
 
 # Said by a background thread, where a context manager would not reach it; one process is not a mistake.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -58,6 +57,8 @@ class Checkpoints:
         Raises:
             OSError: an earlier checkpoint could not be written.
         """
+        import torch.distributed.checkpoint as dcp
+
         self.finish()
         partial = self.directory / f".{self.path(step).name}.partial"
         if distributed.rank() == 0:
@@ -84,6 +85,8 @@ class Checkpoints:
         """Wait for the checkpoint that is being written; OSError if it could not be."""
         if self._writing is None:
             return
+        from torch.distributed.checkpoint.api import CheckpointException
+
         writing, self._writing = self._writing, None
         try:
             writing.result()
@@ -104,6 +107,9 @@ class Checkpoints:
         Raises:
             ValueError: the checkpoint is damaged.
         """
+        import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
+
         path = self.path(step)
         try:
             dcp.load(state, checkpoint_id=path, no_dist=distributed.world() == 1)

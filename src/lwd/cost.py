@@ -17,8 +17,8 @@ from lwd.backbones.lightningdit import TIME_FREQUENCIES
 from lwd.latents import IMAGENET_SPEC
 
 if TYPE_CHECKING:
+    from lwd.compute import Precision
     from lwd.recipes.base import Recipe
-    from lwd.training import Precision
 
 TRAINING_FACTOR = 3
 """Operations of a training step over those of its forward pass: the backward pass has two products for each one."""

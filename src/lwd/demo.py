@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lwd.compute import Precision
 from lwd.data import LatentDataset, TensorLatents
 from lwd.data.embedded import CLASS_NAMES, encode_embedded, load_embedded_images
 from lwd.encoders.efficientnet import EfficientNetFeatures
@@ -40,7 +41,7 @@ from lwd.runs import initial_denoiser, write_run_config
 from lwd.sampling import sample, seeded_noise
 from lwd.schedules import Schedule
 from lwd.sweep import Sweep, sweep_kinetic
-from lwd.training import Precision, train
+from lwd.training import train
 
 TITLES = {
     "learned": "learned schedule",

@@ -70,14 +70,16 @@ class _Guidance:
         self.scale, self.interval, self.spec = _checked_scale(scale), _checked_interval(interval), spec
         self.needs_tau = isinstance(self.scale, ScaleCurve)
 
-    def weight(self, z: Tensor, t: Tensor, tau: Tensor | None) -> Tensor | None:
-        """w, [B, 1 or C, 1, 1]; None where nothing is guided, so that one evaluation is enough."""
+    def weight(self, z: Tensor, t: Tensor, tau: Tensor | None) -> Tensor | float | None:
+        """w, [B, 1 or C, 1, 1], or one number; None where nothing is guided, so that one evaluation is enough."""
         if isinstance(self.scale, ScaleCurve):
             if tau is None:
                 raise ValueError("this guidance scale varies along global time: call it with tau=, as `sample` does")
             w = self.scale(tau).to(t.dtype)
         elif all(w == 1 for w in self.scale):
             return None
+        elif len(self.scale) == 1 and self.interval is None:
+            return self.scale[0]  # no tensor: a GPU would wait for its copy in every evaluation
         else:
             w = t.new_tensor(self.scale)[None]
         if w.shape[1] not in (1, t.shape[1]):
@@ -162,7 +164,7 @@ class ClassifierFreeGuidance(_Guidance):
             return self.model(z, t, labels)
         null = torch.full_like(labels, self.null_label)
         v_label, v_null = self.model(z.repeat(2, 1, 1, 1), t.repeat(2, 1), torch.cat([labels, null])).chunk(2)
-        return torch.lerp(v_null, v_label, w.to(v_null.dtype))
+        return torch.lerp(v_null, v_label, w.to(v_null.dtype) if isinstance(w, Tensor) else w)
 
 
 def _checked_scale(scale: Scale) -> tuple[float, ...] | ScaleCurve:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lwd.parallel import Precision
+from lwd.compute import Precision
 
 
 def pick_device(name: str = "auto") -> torch.device:

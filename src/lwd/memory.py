@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Have the C library keep freed memory for the next request, until the process ends. Returns whether it could.
 
     A step on a CPU frees and requests the same hundreds of megabytes; glibc gives large pieces back to the system each
-    time, and every page costs a fault when it comes again (`docs/speed.md`). The commands of `lwd` call this; a program
-    that trains or samples on a CPU may. Other C libraries are left as they are.
+    time, and every page costs a fault when it comes again (`docs/results/speed.md`). The commands of `lwd` call this; a
+    program that trains or samples on a CPU may. Other C libraries are left as they are.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -18,7 +18,6 @@ from typing import Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
-from torch.linalg import vecdot, vector_norm
 from torch.nn import functional as F
 
 from lwd.interpolant import interpolate, target_velocity
@@ -29,8 +28,6 @@ Jacobian = Literal["detached", "exact", "none"]
 Reduction = Literal["global", "groups"]
 TimeDistribution = Literal["uniform", "logit_normal"]
 Repa = Literal["cos", "cos_mse"]
-EPS = 1e-8
-"""Least length of a vector whose direction is compared."""
 
 
 class Denoiser(Protocol):
@@ -170,10 +167,8 @@ def repa_alignment(tokens: Tensor, features: Tensor, loss: Repa = "cos") -> Tens
         features = features.flatten(2).transpose(1, 2)
     if features.shape != tokens.shape:
         raise ValueError(f"REPA features {tuple(features.shape)} do not match projected tokens {tuple(tokens.shape)}")
-    tokens, features = tokens.float(), features.float().contiguous()  # two orders of memory would be read as strangers
-    # Less work than to normalise both, as F.cosine_similarity does.
-    lengths = vector_norm(tokens, dim=-1).clamp(min=EPS) * vector_norm(features, dim=-1).clamp(min=EPS)
-    cos = (1 - vecdot(tokens, features) / lengths).mean()
+    tokens, features = tokens.float(), features.float()
+    cos = (1 - F.cosine_similarity(tokens, features, dim=-1)).mean()
     return cos if loss == "cos" else (cos + F.mse_loss(tokens, features)) / 2
 
 

@@ -1,10 +1,10 @@
-"""A network as it is trained: under autocast, compiled, on several processes; its optimizer step and its average."""
+"""A network as it is trained, on one process or several; its optimizer step and its average."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -20,13 +20,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lwd import distributed
+from lwd.compute import Precision, autocast, compile_blocks
 
-Precision = Literal["float32", "bf16"]
 Parallel = Literal["ddp", "fsdp"]
-
-
-def autocast(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 class Trained:
@@ -93,21 +89,6 @@ class Trained:
         if (synchronise := getattr(self._denoiser, "set_requires_gradient_sync", None)) is not None:
             synchronise(last)
         yield
-
-
-def compile_blocks(network: nn.Module, *, dynamic: bool | None = False) -> None:
-    """Compile `network` in place: block by block, and its final layer, where it has these.
-
-    Args:
-        dynamic: False for one size of batch; None also for others, as an adaptive solver has them when images arrive.
-
-    Blocks are alike, so one compilation serves all: seconds in place of a minute for the network as one graph, which
-    then runs 2 % faster (`docs/speed.md`).
-    """
-    final = getattr(network, "final_layer", None)
-    parts = [*getattr(network, "blocks", []), *([] if final is None else [final])]
-    for part in parts or [network]:
-        part.compile(dynamic=dynamic)
 
 
 def adamw(groups: Iterable[Any], device: torch.device, **settings: Any) -> torch.optim.AdamW:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lwd.backbones import LightningDiT, LightningDiTConfig
+from lwd.compute import Precision, autocast, compile_blocks
 from lwd.encoders.choose import decode_texture
 from lwd.files import read_json, write_json
 from lwd.guidance import AutoGuidance, ClassifierFreeGuidance, Interval, Scale, ScaleCurve
@@ -24,7 +25,6 @@ from lwd.hub import directory_of
 from lwd.latents import LatentSpec, Normalization
 from lwd.machine import default_precision, pick_device
 from lwd.objective import Denoiser
-from lwd.parallel import Precision, autocast, compile_blocks
 from lwd.randomness import derived_seed
 from lwd.runs import read_run
 from lwd.sampling import sample, seeded_noise

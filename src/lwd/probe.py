@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from lwd import distributed
 from lwd.batches import Batches, LatentSource
+from lwd.compute import Precision
 from lwd.loop import run_job
 from lwd.metrics import Watcher
 from lwd.objective import Jacobian, Reduction, schedule_objective
-from lwd.parallel import Precision, Trained, adamw, guarded_step, load_network_state, network_state
+from lwd.parallel import Trained, adamw, guarded_step, load_network_state, network_state
 from lwd.schedules import PolynomialSchedule
 from lwd.training import OptimizerConfig, backward_in_parts, check_groups, identity_of, machine_use, to_json
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lwd import distributed
 from lwd.batches import Batches, LatentSource, TrainingBatch
+from lwd.compute import Precision
 from lwd.files import write_atomically, write_json
 from lwd.latents import LatentSpec
 from lwd.loop import COUNT, Hook, run_job
@@ -33,7 +34,6 @@ from lwd.objective import (
 from lwd.parallel import (
     Average,
     Parallel,
-    Precision,
     Trained,
     adamw,
     guarded_step,

@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lwd.compute import Precision
 from lwd.encoders.composite import (
     CompositeEncoder,
     FeatureNetwork,
@@ -24,8 +25,6 @@ from lwd.encoders.efficientnet import EfficientNetMaps
 from lwd.encoders.pca import PCA
 from lwd.encoders.pixels import PixelPatches
 from lwd.latents import LatentSpec, Normalization
-
-Precision = Literal["float32", "bf16"]
 
 
 class Decoder(Protocol):

@@ -17,7 +17,7 @@ import pickle
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -25,9 +25,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lwd.compute import Precision
 from lwd.files import read_json, sha256_of
-
-Precision = Literal["float32", "bf16"]
 
 ALIASES = {
     "dinov2-s": "facebook/dinov2-with-registers-small",

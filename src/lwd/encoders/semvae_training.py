@@ -17,11 +17,12 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from lwd import distributed
+from lwd.compute import Precision, autocast
 from lwd.data.feature_source import FeatureMaps
 from lwd.data.order import BatchOrder
 from lwd.encoders.semvae import SemVAE
 from lwd.loop import Hook, run_job
-from lwd.parallel import Precision, adamw, autocast, guarded_step, load_network_state, network_state
+from lwd.parallel import adamw, guarded_step, load_network_state, network_state
 from lwd.randomness import derived_seed, stream
 from lwd.training import identity_of
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lwd.data.embedded import load_embedded_images
 from lwd.encoders import PCA, EfficientNetFeatures, PixelPatches, efficientnet
+from lwd.encoders.choose import feature_network
 from lwd.encoders.pca import PCAFit
 
 
@@ -114,6 +115,21 @@ def photograph(size: int) -> torch.Tensor:
     with image_module.open(Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg") as image:
         pixels = np.asarray(image.convert("RGB").crop((0, 0, 512, 512)).resize((size, size), image_module.BICUBIC))
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+
+
+def test_the_untrained_network_is_a_function_of_its_seed():
+    """Its activations neither die nor explode, and it needs no package of weights."""
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    maps = feature_network("untrained:10:64")
+    features = maps.feature_maps(images)
+    assert features.shape == (4, 112, 4, 4)
+    assert 0.3 < features.square().mean().sqrt() < 3
+    assert features.std(dim=0).mean() > 0.1  # images are told apart
+    torch.testing.assert_close(EfficientNetFeatures.untrained(0).feature_maps(images, 10), features)
+    assert not torch.allclose(EfficientNetFeatures.untrained(1).feature_maps(images, 10), features, atol=0.1)
+    assert maps.describe() == {
+        "network": "efficientnet-lite0 untrained", "block": 10, "size": 64, "width": 112, "seed": 0,
+    }  # fmt: skip
 
 
 def test_a_photograph_is_classified():

@@ -20,6 +20,7 @@ from lwd.evaluation import (
     evaluate_images,
     frechet_distance,
     inception_score,
+    memorised_share,
     precision_recall,
     reference_features,
     train_judge,
@@ -398,6 +399,16 @@ def test_inception_score_refuses_logits():
         inception_score(torch.eye(3), chunk=0)
 
 
+def test_memorised_share_of_copies_and_of_new_samples():
+    training, new = normal(0, 400, 8), normal(1, 400, 8)
+    assert memorised_share(training, training) == 1
+    assert memorised_share(training, new) == pytest.approx(0.5, abs=0.08)
+    assert memorised_share(training, new, batch=7) == memorised_share(training, new)
+    assert memorised_share(training, torch.cat([training[:100], new[:300] + 100])) == 0.25
+    with pytest.raises(ValueError, match="at least 2"):
+        memorised_share(training[:1], new)
+
+
 # --- judge and scores on small data -------------------------------------------------------------------------------
 
 
@@ -461,14 +472,34 @@ def test_judge_refuses_bad_images_and_labels(judge):
     images, labels = squares(6, 0)
     with pytest.raises(ValueError, match=r"uint8 \[N, 32, 32\]"):
         judge.features(images.float())
-    with pytest.raises(ValueError, match=r"\[6, 28, 28\]"):
-        train_judge(images[:, :28, :28], labels, seed=0)
+    with pytest.raises(ValueError, match=r"uint8 \[N, 32, 32\] with N >= 1, got torch.uint8 \[6, 28, 28\]"):
+        judge.features(images[:, :28, :28])
+    with pytest.raises(ValueError, match=r"\[6, 28, 32\]"):
+        train_judge(images[:, :28], labels, seed=0)
     with pytest.raises(ValueError, match=r"int64 \[6\]"):
         train_judge(images, labels[:5], seed=0)
     with pytest.raises(ValueError, match=r"got -1 \.\. 1"):
         train_judge(images, labels - 1, seed=0)
     with pytest.raises(ValueError, match="at least 2 classes"):
         train_judge(images, labels * 0, seed=0)
+
+
+def test_judge_of_larger_images_in_colour(tmp_path):
+    """The class is which colour the square has: to grey the images are alike."""
+    _, labels = squares(96, 0)
+    images = torch.randint(0, 80, (96, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for image, label in zip(images, labels.tolist(), strict=True):
+        image[label, 16:48, 16:48] += 120
+    judge = train_judge(images[:60], labels[:60], seed=3, steps=25, batch_size=30)
+    assert judge.widths == (16, 16, 48, 96, 128)
+    loaded = Judge.load(judge.save(tmp_path / "judge.safetensors"))
+    assert torch.equal(loaded.probabilities(images[60:]).argmax(1), labels[60:])
+    with pytest.raises(ValueError, match=r"uint8 \[N, 3, 64, 64\] with N >= 1, got torch.uint8 \[96, 64, 64\]"):
+        loaded.features(images[:, 0])
+    with pytest.raises(
+        ValueError, match=r"\[N, S, S\] or \[N, 3, S, S\] with N >= 1, got torch.uint8 \[96, 2, 64, 64\]"
+    ):
+        train_judge(images[:, :2], labels, seed=0)
 
 
 def embedded(images: torch.Tensor) -> torch.Tensor:
@@ -549,5 +580,5 @@ def test_evaluate_files_reads_adms_names_and_samples(judge, tmp_path):
     assert found.pop("generated")["origin"] == {"run": "runs/x"}
     assert found == expected
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(drawn / "images" / "000003.png")
-    with pytest.raises(ValueError, match="images in colour; the judge sees grey ones"):
+    with pytest.raises(ValueError, match=r"got torch.uint8 \[12, 3, 32, 32\]"):
         evaluate_files(drawn, tmp_path / "ours.npz", path)

@@ -164,6 +164,15 @@ def test_probe_moves_rho_by_its_own_learning_rate(data):
     assert (weights(net) - before).abs().max().item() == pytest.approx(1e-4, rel=1e-2)
 
 
+def test_probe_starts_where_it_is_told(data):
+    start = (0.5, -1.0, 0.0, 1.0, 2.0)
+    learned = learn_schedule(tiny(), data, replace(PROBE, rho=start, steps=1, burn_in=0))
+    moved = (learned.schedule.rho[0] - torch.tensor(start)).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, 0.05), rtol=1e-2, atol=0)
+    with pytest.raises(ValueError, match="rho has 2 values; a curve of degree 4 needs 5"):
+        replace(PROBE, rho=(0.0, 1.0))
+
+
 def test_average_is_the_exponential_moving_average(data):
     """With decay 0 the result is the last iterate; with 0.9 it is the recursion over the iterates."""
     iterates = [

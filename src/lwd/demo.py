@@ -26,8 +26,7 @@ from torch import Tensor
 from lwd.compute import Precision
 from lwd.data import LatentDataset, TensorLatents
 from lwd.data.embedded import CLASS_NAMES, encode_embedded, load_embedded_images
-from lwd.encoders.efficientnet import EfficientNetFeatures
-from lwd.evaluation import Judge, evaluate_images, reference_features, train_judge
+from lwd.evaluation import Judges
 from lwd.files import read_json, write_json
 from lwd.generation import DrawnImages, SampleConfig, channels_last, draw_images, image_seed, save_npz
 from lwd.machine import default_precision, pick_device
@@ -113,7 +112,10 @@ class Demo:
         with self.stages.stage("encode"):
             encode_embedded(self.directory / "latents", progress=counting("encode images", "image"))
         with self.stages.stage("judges"):
-            self.judges.prepare()
+            self.judges.prepare(self._one_of_every_class)
+            heldout = load_embedded_images("heldout")
+            real = self.directory / "samples" / "real.npz"
+            save_npz(real, images=heldout.images.numpy(), labels=heldout.labels.numpy())
         with self.stages.stage("sweep"):
             sweep = self.sweep()
         schedules = self.schedules(sweep)
@@ -155,7 +157,23 @@ class Demo:
 
     @cached_property
     def judges(self) -> Judges:
-        return Judges(self.directory, self.config, self.device)
+        return Judges(
+            self.directory / "judge",
+            lambda part: load_embedded_images(part)[:2],
+            name="Fashion-MNIST, embedded part",
+            seed=derived_seed(self.config.seed, "judge"),
+            steps=max(20, round(600 * min(self.config.budget, 1.0))),
+            device=self.device,
+        )
+
+    def _one_of_every_class(self, labels: Tensor) -> Tensor:
+        """The training images that make the floor: one of every class in turn, like the generated sets."""
+        order = labels.argsort(stable=True).view(len(CLASS_NAMES), -1).T.flatten()
+        return order[: self.config.scaled_images]
+
+    def distances(self, drawn: DrawnImages) -> dict[str, float]:
+        judged = self.judges.judge(drawn.images, drawn.labels)
+        return {name: judged[name] for name in ("fd_embedded", "fd_judge")}
 
     @cached_property
     def latents(self) -> TensorLatents:
@@ -239,11 +257,11 @@ class Demo:
         if not guided:
             for step in recipe.snapshots:
                 drawn = self.draw(self.load(arm, step), f"{arm}, step {step}")
-                summary["by_step"].append({"step": step, **self.judges.distances(drawn)})
+                summary["by_step"].append({"step": step, **self.distances(drawn)})
             for steps in self.config.evaluation_steps:
                 drawn = self.draw(run, f"{arm}, {steps} steps", steps=steps)
                 used = {"evaluations": int(drawn.evaluations.max()), "solver": self.config.solver}
-                summary["by_evaluations"].append(used | self.judges.distances(drawn))
+                summary["by_evaluations"].append(used | self.distances(drawn))
             last = {name: final[name] for name in ("fd_embedded", "fd_judge")}
             summary["by_step"].append({"step": recipe.steps, **last})
             summary["by_evaluations"].append(evaluations | last)
@@ -273,61 +291,6 @@ class Demo:
             rows["semantic"].append((127.5 + 51 * semantic).clamp(0, 255).to(torch.uint8))
         arrays = {name: torch.stack(images).numpy() for name, images in rows.items()}
         save_npz(path, tau=np.array(taus), t=t.cpu().numpy(), label=np.array(label), **arrays)
-
-
-class Judges:
-    """The two feature networks, and what they say of the held-out images."""
-
-    def __init__(self, directory: Path, config: DemoConfig, device: torch.device) -> None:
-        self.directory, self.config, self.device = directory, config, device
-        self.path = directory / "judge" / "judge.safetensors"
-
-    def prepare(self) -> None:
-        """Train the judge, and judge real training images, the floor for everything generated."""
-        train_part, heldout = load_embedded_images("train"), load_embedded_images("heldout")
-        if not self.path.exists():
-            train_judge(
-                train_part.images,
-                train_part.labels,
-                seed=derived_seed(self.config.seed, "judge"),
-                steps=max(20, round(600 * min(self.config.budget, 1.0))),
-                device=self.device,
-                progress=counting("train judge", "step"),
-            ).save(self.path)
-        floor = self.path.with_name("floor.json")
-        if not floor.exists():
-            # One image of every class in turn, like the generated sets.
-            order = train_part.labels.argsort(stable=True).view(len(CLASS_NAMES), -1).T.flatten()
-            chosen = order[: self.config.scaled_images]
-            write_json(floor, self.judge(train_part.images[chosen], train_part.labels[chosen]))
-        save_npz(self.directory / "samples" / "real.npz", images=heldout.images.numpy(), labels=heldout.labels.numpy())
-
-    @cached_property
-    def network(self) -> Judge:
-        return Judge.load(self.path, self.device)
-
-    @cached_property
-    def embedded(self) -> EfficientNetFeatures:
-        return EfficientNetFeatures.load(self.device)
-
-    @cached_property
-    def reference(self) -> dict[str, Tensor]:
-        return reference_features(
-            load_embedded_images("heldout").images, judge=self.network, embedded=self.embedded.pooled
-        )
-
-    def judge(self, images: Tensor, labels: Tensor) -> dict[str, float]:
-        return evaluate_images(
-            images, labels, judge=self.network, embedded=self.embedded.pooled, reference=self.reference
-        )
-
-    def distances(self, drawn: DrawnImages) -> dict[str, float]:
-        judged = self.judge(drawn.images, drawn.labels)
-        return {name: judged[name] for name in ("fd_embedded", "fd_judge")}
-
-    def floor(self) -> dict[str, Any]:
-        floor: dict[str, Any] = read_json(self.path.with_name("floor.json"))
-        return floor
 
 
 class Stages:

@@ -33,6 +33,7 @@ class ProbeConfig:
         kinetic: lambda of Eq. 38.
         jacobian: ``"detached"`` (the paper) or ``"exact"``; see `lwd.schedule_objective`.
         degree: M of Eq. 40.
+        rho: what rho [M + 1] of every curve starts from; close to the identity by default.
         optimizer: of the temporary denoiser.
         rho_lr: learning rate of rho, constant.
     """
@@ -45,6 +46,7 @@ class ProbeConfig:
     reduction: Reduction = "global"
     kinetic_reduction: Reduction = "groups"
     degree: int = 4
+    rho: tuple[float, ...] = ()
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     rho_lr: float = 1e-2
     label_dropout: float = 0.1
@@ -62,6 +64,8 @@ class ProbeConfig:
             raise ValueError(
                 f"burn_in ({self.burn_in}) must be less than steps ({self.steps}): rho is averaged after it"
             )
+        if len(self.rho) not in (0, self.degree + 1):
+            raise ValueError(f"rho has {len(self.rho)} values; a curve of degree {self.degree} needs {self.degree + 1}")
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,8 @@ def learn_schedule(
     """
     directory = None if directory is None else Path(directory)
     spec = data.spec
-    schedule = PolynomialSchedule(config.degree, groups=len(spec), names=spec.names).to(device)
+    start = [config.rho] * (len(spec) - 1) if config.rho else None
+    schedule = PolynomialSchedule(config.degree, start, groups=len(spec), names=spec.names).to(device)
     check_groups(data, schedule, denoiser)
     parameters = sum(p.numel() for p in denoiser.parameters())
     job = _Probe(denoiser.to(device), schedule, data, config, torch.device(device))

@@ -59,7 +59,7 @@ def encode(
             hub name.
         semantic: pca:CHANNELS (fitted to --data), pca:FILE or semvae:FILE, of the --features.
         features: dinov2-s, dinov2-b, dinov2-l, clip-b, clip-l, a transformers model by path or hub name, or
-            efficientnet:BLOCK:SIZE.
+            efficientnet:BLOCK:SIZE (untrained:BLOCK:SIZE for its random weights, as a baseline).
         repa: store features for REPA too, in this precision.
         repa_features: the network they are of, if it is not that of --features.
         like: a latent set whose encoders and statistics are used: the training set, to encode held-out images.

@@ -61,15 +61,17 @@ def feature_network(
     """The feature network called `name`.
 
     Args:
-        name: ``efficientnet`` or ``efficientnet:BLOCK:SIZE``; else a DINOv2 or CLIP: ``dinov2-s``, ``dinov2-b``,
+        name: ``efficientnet`` or ``efficientnet:BLOCK:SIZE``; ``untrained`` or ``untrained:BLOCK:SIZE`` for the same
+            network with random weights, as a baseline; else a DINOv2 or CLIP: ``dinov2-s``, ``dinov2-b``,
             ``dinov2-l`` (with registers), ``clip-b``, ``clip-l``, a directory of transformers, a name on the hub, or
             DINOv2's own .pth.
         image_size: pixels per side that images are resized to; the network's own by default.
         grid: positions per side to which the maps are resized where the network's own grid is another.
     """
-    if name.split(":")[0] == "efficientnet":
-        block, size = _numbers(name, "efficientnet:BLOCK:SIZE", 2) if ":" in name else (10, 64)
-        return EfficientNetMaps(block, size, device)
+    kind = name.split(":")[0]
+    if kind in ("efficientnet", "untrained"):
+        block, size = _numbers(name, f"{kind}:BLOCK:SIZE", 2) if ":" in name else (10, 64)
+        return EfficientNetMaps(block, size, device, untrained=0 if kind == "untrained" else None)
     from lwd.encoders.foundation import FoundationFeatures
 
     return FoundationFeatures.load(name, image_size=image_size, grid=grid, device=device, precision=precision)
@@ -171,8 +173,8 @@ def encoder_of(
 
 
 def _network_of(description: Mapping[str, Any], device: torch.device | str, precision: Precision) -> FeatureNetwork:
-    if description["network"] == "efficientnet-lite0":
-        return EfficientNetMaps(description["block"], description["size"], device)
+    if description["network"].startswith("efficientnet-lite0"):
+        return EfficientNetMaps(description["block"], description["size"], device, untrained=description.get("seed"))
     size, grid = description["image_size"], description["grid"][0]
     return feature_network(description["source"], image_size=size, grid=grid, device=device, precision=precision)
 

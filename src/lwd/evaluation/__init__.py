@@ -5,7 +5,8 @@ from lwd.evaluation.features import FeatureExtractor, FunctionExtractor, ImageFe
 from lwd.evaluation.images import ImageSet, open_images
 from lwd.evaluation.inception import FIDInception, load_inception
 from lwd.evaluation.judge import Judge, train_judge
-from lwd.evaluation.neighbours import PrecisionRecall, precision_recall
+from lwd.evaluation.judges import Judges
+from lwd.evaluation.neighbours import PrecisionRecall, memorised_share, precision_recall
 from lwd.evaluation.networks import NETWORKS, ClassToken, EmbeddedNetwork, feature_extractor
 from lwd.evaluation.protocol import ADM, Evaluation, ProtocolSettings, score_images
 from lwd.evaluation.reference import Reference, load_reference
@@ -25,6 +26,7 @@ __all__ = [
     "ImageFeatures",
     "ImageSet",
     "Judge",
+    "Judges",
     "PrecisionRecall",
     "ProtocolSettings",
     "Reference",
@@ -36,6 +38,7 @@ __all__ = [
     "inception_score",
     "load_inception",
     "load_reference",
+    "memorised_share",
     "open_images",
     "precision_recall",
     "reference_features",

@@ -18,41 +18,48 @@ from torch.nn import functional as F
 from lwd.files import write_atomically
 
 IMAGE_SIZE = 32
+"""Of the embedded images, in pixels a side."""
 _FORMAT = "lwd.judge.1"
 _BATCH = 512
 
 
 class Judge(nn.Module):
-    """Four convolution stages (32, 16, 8, 4 pixels), a mean over the grid, one linear layer.
+    """Convolution stages, each at half the size of the one before, a mean over the grid, one linear layer.
 
     Args:
         classes: number of classes; labels are 0 .. classes - 1.
-        widths: channels of the stages; the last one is the width D of the features.
+        widths: channels of the stages; the last one is the width D of the features. By default four stages (32, 16, 8,
+            4 pixels), and one more in front for images of 64 pixels and above.
+        size: side S of the images.
+        colour: whether they are [N, 3, S, S] or grey, [N, S, S].
     """
 
-    def __init__(self, classes: int, widths: tuple[int, ...] = (16, 48, 96, 128)) -> None:
+    def __init__(
+        self, classes: int, widths: tuple[int, ...] | None = None, *, size: int = IMAGE_SIZE, colour: bool = False
+    ) -> None:
         super().__init__()
         if classes < 2:
             raise ValueError(f"a judge needs at least 2 classes, got {classes}")
-        self.classes, self.widths = classes, tuple(widths)
+        widths = tuple(widths or (*((16,) if size >= 2 * IMAGE_SIZE else ()), 16, 48, 96, 128))
+        self.classes, self.widths, self.size, self.colour = classes, widths, size, colour
         layers: list[nn.Module] = []
-        for stage, (inputs, outputs) in enumerate(zip((1, *widths), widths, strict=False)):
+        for stage, (inputs, outputs) in enumerate(zip((3 if colour else 1, *widths), widths, strict=False)):
             layers += [nn.MaxPool2d(2)] if stage else []
             layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
         self.stages = nn.Sequential(*layers)
         self.head = nn.Linear(widths[-1], classes)
         self.mean: Tensor
         self.std: Tensor
-        # Grey level statistics of the training images, in units of 0 .. 1.
+        # Statistics of all values of the training images, in units of 0 .. 1.
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
 
     def _pooled(self, images: Tensor) -> Tensor:
-        x = (images[:, None].float() / 255 - self.mean) / self.std
+        x = ((images if self.colour else images[:, None]).float() / 255 - self.mean) / self.std
         return self.stages(x.contiguous(memory_format=torch.channels_last)).float().mean(dim=(2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [N, classes] of uint8 images [N, 32, 32]."""
+        """Logits [N, classes] of uint8 images [N, S, S] or [N, 3, S, S]."""
         return self.head(self._pooled(images))
 
     @torch.no_grad()
@@ -60,9 +67,9 @@ class Judge(nn.Module):
         """Penultimate features [N, D], float32, on the device of the judge; evaluation mode, in batches.
 
         Raises:
-            ValueError: `images` is not uint8 [N, 32, 32].
+            ValueError: images of another dtype or shape than the judge was trained on.
         """
-        check_images(images)
+        check_images(images, self.size, self.colour)
         training, device = self.training, self.head.weight.device
         self.eval()
         try:
@@ -77,13 +84,14 @@ class Judge(nn.Module):
         return self.head(features.to(self.head.weight)).softmax(dim=1)
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """Class probabilities [N, classes] of uint8 images [N, 32, 32]."""
+        """Class probabilities [N, classes] of uint8 images [N, S, S] or [N, 3, S, S]."""
         return self.classify(self.features(images))
 
     def save(self, path: str | Path) -> Path:
         """Write weights and sizes as one safetensors file."""
         tensors = {key: value.detach().cpu().contiguous() for key, value in self.state_dict().items()}
-        metadata = {"format": _FORMAT, "config": json.dumps({"classes": self.classes, "widths": self.widths})}
+        config = {"classes": self.classes, "widths": self.widths, "size": self.size, "colour": self.colour}
+        metadata = {"format": _FORMAT, "config": json.dumps(config)}
         return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
 
     @classmethod
@@ -103,7 +111,8 @@ class Judge(nn.Module):
                     raise ValueError(f"its format is {metadata.get('format')!r}, not {_FORMAT!r}")
                 state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             config = json.loads(metadata["config"])
-            judge = cls(config["classes"], tuple(config["widths"]))
+            size, colour = config.get("size", IMAGE_SIZE), config.get("colour", False)
+            judge = cls(config["classes"], tuple(config["widths"]), size=size, colour=colour)
             judge.load_state_dict(state)
         except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{path} is not a judge or is damaged ({error}); train the judge again") from error
@@ -125,7 +134,7 @@ def train_judge(
     The same seed, data and machine give the same judge. The caller's random state is left alone.
 
     Args:
-        images: uint8 [N, 32, 32].
+        images: uint8, grey [N, S, S] or colour [N, 3, S, S].
         labels: int64 [N], classes 0 .. C - 1.
         steps: optimiser steps.
         progress: called as progress(steps done, steps) after each step.
@@ -135,11 +144,12 @@ def train_judge(
     """
     check_images(images)
     check_labels(labels, len(images))
+    size, colour = images.shape[-1], images.ndim == 4
     if steps < 1 or not batch_size >= 2:
         raise ValueError(f"steps must be at least 1 and batch_size at least 2, got {steps} and {batch_size}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        judge = Judge(int(labels.max()) + 1)
+        judge = Judge(int(labels.max()) + 1, size=size, colour=colour)
     judge.mean.fill_(images.float().mean() / 255)
     judge.std.fill_((images.float().std() / 255).clamp_min(1e-3))
     judge = judge.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
@@ -147,7 +157,7 @@ def train_judge(
     shift = 2
     padded = F.pad(images, (shift, shift, shift, shift)).to(device)
     labels = labels.to(device)
-    grid = torch.arange(IMAGE_SIZE, device=device)
+    grid = torch.arange(size, device=device)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=4e-3, weight_decay=0.05)
     learning_rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=steps + 1, pct_start=0.2)
     order = torch.empty(0, dtype=torch.int64)
@@ -156,8 +166,11 @@ def train_judge(
             order = torch.cat([order, torch.randperm(len(images), generator=draw)])
         chosen, order = order[:batch_size].to(device), order[batch_size:]
         offsets = torch.randint(2 * shift + 1, (2, batch_size, 1), generator=draw).to(device)
-        rows, columns = grid + offsets  # [batch, 32] each
-        batch = padded[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
+        rows, columns = grid + offsets  # [batch, S] each
+        # Channels, where there are any, end up last.
+        batch = padded.movedim(1, -1) if colour else padded
+        batch = batch[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
+        batch = batch.movedim(-1, 1) if colour else batch
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
             logits = judge(batch)
         loss = F.cross_entropy(logits.float(), labels[chosen], label_smoothing=0.05)
@@ -172,12 +185,16 @@ def train_judge(
     return judge.eval()
 
 
-def check_images(images: Tensor) -> None:
-    """ValueError unless `images` is uint8 [N, 32, 32] with N >= 1."""
-    if images.dtype != torch.uint8 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE) or not len(images):
-        raise ValueError(
-            f"images must be uint8 [N, {IMAGE_SIZE}, {IMAGE_SIZE}] with N >= 1, got {images.dtype} {list(images.shape)}"
-        )
+def check_images(images: Tensor, size: int | None = None, colour: bool | None = None) -> None:
+    """ValueError unless `images` is uint8 [N, S, S] or [N, 3, S, S] with N >= 1, of this `size` and kind if given."""
+    forms = {False: "[N, S, S]", True: "[N, 3, S, S]"}
+    wanted = " or ".join(form for kind, form in forms.items() if colour in (None, kind))
+    square = images.ndim in (3, 4) and images.shape[-1] == images.shape[-2] == (size or images.shape[-1])
+    kind = images.ndim == 4
+    fits = square and colour in (None, kind) and (not kind or images.shape[1] == 3) and images.shape[-1] >= 8
+    if images.dtype != torch.uint8 or not fits or not len(images):
+        wanted = wanted.replace("S", str(size)) if size else wanted
+        raise ValueError(f"images must be uint8 {wanted} with N >= 1, got {images.dtype} {list(images.shape)}")
 
 
 def check_labels(labels: Tensor, images: int, classes: int | None = None) -> None:

@@ -106,6 +106,32 @@ def precision_recall(
     return PrecisionRecall(float(covered.double().mean()), float(recalled.double().mean()))
 
 
+def memorised_share(training: Features, generated: Features, batch: int = 1024) -> float:
+    """Share of `generated` that lie closer to their nearest training sample than any other training sample does.
+
+    One minus the authenticity of Alaa et al. (2022): 1 for copies; for new samples of the same distribution about one
+    half, which held-out samples show.
+
+    Args:
+        training: features [N, D], N > 1.
+        generated: features [M, D].
+
+    Raises:
+        ValueError: NaN or infinite features, too few training samples.
+    """
+    training = as_features(training, "training features", 1e15, torch.float32)
+    generated = as_features(generated, "generated features", 1e15, torch.float32).to(training.device)
+    if len(training) < 2:
+        raise ValueError("memorisation is seen against at least 2 training samples")
+    a = _Points.of(training, half=False)
+    apart = _squared_radii(a, 1, batch, lambda: None)
+    b, copied = _Points.of(generated, half=False), 0
+    for rows in _blocks(len(generated), batch):
+        distance, nearest = b.squared_distances(rows, a, slice(0, len(training))).min(dim=1)
+        copied += int((distance < apart[nearest]).sum())
+    return copied / len(generated)
+
+
 def half_distances_fit(*features: Tensor) -> bool:
     """Whether no intermediate result of ADM's half-precision distances can overflow for these features [N, D].
 

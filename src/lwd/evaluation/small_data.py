@@ -23,6 +23,8 @@ from lwd.evaluation.neighbours import precision_recall
 from lwd.files import read_json, sha256_of
 from lwd.machine import describe_machine, describe_versions
 
+METRICS = ("fd_embedded", "fd_judge", "precision", "recall", "accuracy")
+
 
 def evaluate_images(
     generated: Tensor,
@@ -36,10 +38,10 @@ def evaluate_images(
     """Scores of generated images against reference features; lower is better for the two distances.
 
     Args:
-        generated: uint8 [N, 32, 32].
+        generated: uint8, grey [N, S, S] or colour [N, 3, S, S], as the judge was trained on.
         labels: int64 [N], the classes that were asked for.
         judge: trained on real images, see `train_judge`.
-        embedded: images uint8 [N, 32, 32] to features [N, D] of the embedded pretrained network.
+        embedded: the same images to features [N, D] of the embedded pretrained network.
         reference: features [M, D] of real images under "embedded" and "judge", see `reference_features`.
         k: neighbour of precision and recall.
 
@@ -76,7 +78,7 @@ def evaluate_images(
 
 
 def reference_features(images: Tensor, *, judge: Judge, embedded: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Both networks' features of held-out real images uint8 [M, 32, 32]."""
+    """Both networks' features of held-out real images, uint8 [M, S, S] or [M, 3, S, S]."""
     check_images(images)
     return {"embedded": embedded(images), "judge": judge.features(images)}
 
@@ -87,8 +89,8 @@ def evaluate_files(
     """`evaluate_images` from files: scores under "metrics", what was compared under "generated" and "settings".
 
     Args:
-        samples: npz with `images` uint8 [N, 32, 32] and `labels` [N], the classes asked for (or `arr_0` and `arr_1`,
-            ADM's names); or a directory that `lwd sample` wrote.
+        samples: npz with `images` uint8 [N, S, S] or [N, S, S, 3] and `labels` [N], the classes asked for (or `arr_0`
+            and `arr_1`, ADM's names); or a directory that `lwd sample` wrote.
         reference: of the same form, real images.
         judge: file of `Judge.save`.
 
@@ -112,25 +114,34 @@ def evaluate_files(
         reference=reference_features(real, judge=loaded, embedded=embedded),
         k=k,
     )
-    settings = {
-        "reference": _described(Path(reference), real),
-        "judge": {"path": str(judge), "sha256": sha256_of(judge)},
-        "embedded": "efficientnet-lite0, pooled",
-        "k": k,
-    }
+    judged_by = {"path": str(judge), "sha256": sha256_of(judge)}
+    reference_of = _described(Path(reference), real)
+    metrics = {name: scores[name] for name in METRICS}
+    return scored(metrics, _described(Path(samples), images), reference_of, judged_by, k, device)
+
+
+def scored(
+    metrics: Mapping[str, float],
+    generated: Mapping[str, Any],
+    reference: Mapping[str, Any],
+    judge: Mapping[str, Any],
+    k: int,
+    device: torch.device | str,
+) -> dict[str, Any]:
+    """One entry of a file of evaluations: scores, what was compared by what, machine and versions."""
+    settings = {"reference": dict(reference), "judge": dict(judge), "embedded": "efficientnet-lite0, pooled", "k": k}
+    machine = describe_machine(torch.device(device))
     return {
-        "metrics": {name: scores[name] for name in ("fd_embedded", "fd_judge", "precision", "recall", "accuracy")},
-        "generated": _described(Path(samples), images),
-        "settings": settings,
-        "machine": describe_machine(torch.device(device)),
-        "versions": describe_versions(),
-    }
+        "metrics": dict(metrics), "generated": dict(generated), "settings": settings,
+        "machine": machine, "versions": describe_versions(),
+    }  # fmt: skip
 
 
 def _described(path: Path, images: Tensor) -> dict[str, Any]:
     """Where a file or a set of samples is, its hash, and how it was generated where that is known."""
     found = open_images(path)
-    described = {"name": str(path), "sha256": found.sha256(), "count": len(images), "shape": [1, *images.shape[1:]]}
+    shape = list(images.shape[1:]) if images.ndim == 4 else [1, *images.shape[1:]]
+    described = {"name": str(path), "sha256": found.sha256(), "count": len(images), "shape": shape}
     origin = getattr(found, "origin", None)
     return described if origin is None else described | {"origin": origin}
 
@@ -145,12 +156,13 @@ def _read_labelled(path: Path) -> tuple[Tensor, Tensor]:
         with np.load(path, allow_pickle=False) as arrays:
             keys = ("arr_0", "arr_1") if "arr_0" in arrays else ("images", "labels")
             images, labels = torch.from_numpy(arrays[keys[0]]), torch.from_numpy(arrays[keys[1]]).to(torch.int64)
+        images = images.movedim(-1, 1) if images.ndim == 4 else images
         check_images(images)
         check_labels(labels, len(images))
     except (KeyError, ValueError, TypeError, AttributeError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"{path} is not an npz of `images` uint8 [N, 32, 32] and `labels` [N] (or `arr_0` and `arr_1`), or is "
-            f"damaged ({error})"
+            f"{path} is not an npz of `images` uint8 [N, S, S] or [N, S, S, 3] and `labels` [N] (or `arr_0` and "
+            f"`arr_1`), or is damaged ({error})"
         ) from error
     return images, labels
 
@@ -159,9 +171,8 @@ def _read_samples(directory: Path) -> tuple[Tensor, Tensor]:
     found = open_images(directory)
     if not (directory / SAMPLES).is_file():
         raise ValueError(f"{directory} is not a set that `lwd sample` wrote, so the classes of its images are unknown")
-    if found.shape[0] != 1:
-        raise ValueError(f"{directory} has images in colour; the judge sees grey ones of 32 x 32")
-    images = torch.cat(list(found.batches(1024)))[:, 0]
+    images = torch.cat(list(found.batches(1024)))
+    images = images[:, 0] if found.shape[0] == 1 else images
     classes = torch.as_tensor(read_json(directory / SAMPLES)["classes"], dtype=torch.int64)
     labels = classes[torch.arange(len(images)) % len(classes)]
     try:

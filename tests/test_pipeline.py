@@ -217,9 +217,9 @@ def test_a_checkpoint_of_sfd(semantic_first):
         pipeline(0, solver="euler", steps=3)
 
 
-def test_compiled_it_draws_the_same(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=16)
+def test_compiled_it_draws_the_same():
     """Also where an adaptive solver lets the batch shrink."""
-    monkeypatch.setattr("torch._dynamo.config.recompile_limit", 16)
     plain = make()
     plain.add_weak(make(seed=1))
     expected = plain([0, 1, 2, 0], output_type="latent").latents

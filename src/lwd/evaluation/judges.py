@@ -18,6 +18,7 @@ from lwd.evaluation.neighbours import memorised_share
 from lwd.evaluation.small_data import METRICS, evaluate_images, reference_features, scored
 from lwd.files import read_json, sha256_of, write_atomically, write_json
 from lwd.progress import counting
+from lwd.randomness import stream
 
 Part = Literal["train", "heldout"]
 
@@ -86,7 +87,9 @@ class Judges:
             found = reference_features(images, judge=self.network, embedded=self.embedded.pooled)
             if self.memory:
                 known, _ = self.load("train")
-                found["train"] = self.embedded.pooled(known[: self.memory])
+                # Sets of images are sorted by class: any of them, but always the same.
+                chosen = torch.randperm(len(known), generator=stream(0, "memory"))[: self.memory]
+                found["train"] = self.embedded.pooled(known[chosen])
             tensors = {name: features.cpu().contiguous() for name, features in found.items()}
             digest = hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
             about = {"sha256": digest, "shape": list(images.shape[1:])}

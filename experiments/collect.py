@@ -1,0 +1,177 @@
+"""From the files of finished tasks to the few files that are kept with the code, and back to tables in memory.
+
+    python -m experiments.collect
+
+``docs/results/evidence/`` gets, for each set of images, ``probes-NAME.json`` and ``evaluations-NAME.json``. The latter
+is what `lwd report` reads; each of its entries says in ``arm`` which task it comes from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from experiments.images import DEFAULT_OUT
+from experiments.sets import SETS, Places
+from lwd.files import read_json, write_atomically
+
+KEPT = Path("docs/results/evidence")
+PROBE = "lwd-experiments-probes/1"
+EVALUATIONS = "lwd-evaluations/1"
+Row = dict[str, Any]
+K = TypeVar("K", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Numbers of several seeds, in the order of the seeds."""
+
+    values: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.values)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the sample; 0 of a single one."""
+        return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
+
+    def text(self, digits: int) -> str:
+        return f"{self.mean:.{digits}f} ± {self.deviation:.{digits}f}"
+
+
+def spread(rows: Sequence[Row], key: Callable[[Row], K], value: Callable[[Row], float]) -> dict[K, Spread]:
+    """The values of rows by key, seed by seed."""
+    found: dict[K, dict[int, float]] = {}
+    for row in rows:
+        found.setdefault(key(row), {})[row["seed"]] = value(row)
+    return {k: Spread(tuple(by_seed[seed] for seed in sorted(by_seed))) for k, by_seed in found.items()}
+
+
+def collect(places: Places, kept: Path = KEPT) -> list[Path]:
+    """Write the files of every set of images that has results; returns them."""
+    written = []
+    for name in SETS:
+        probes = [_probe(read_json(file)) for file in sorted((places.out / "probes" / name).rglob("result.json"))]
+        scores = [read_json(file) for file in sorted((places.out / "trainings" / name).rglob("scores/*.json"))]
+        floor = places.out / "judges" / name / "floor.json"
+        if probes:
+            written.append(_write(kept / f"probes-{name}.json", {"format": PROBE, "probes": probes}, "probes"))
+        if scores:
+            about = {"format": EVALUATIONS, "floor": read_json(floor), "results": [_score(s) for s in scores]}
+            written.append(_write(kept / f"evaluations-{name}.json", about, "results"))
+    return written
+
+
+def _probe(found: Row) -> Row:
+    """A probe without what its variant already says."""
+    schedule = {key: found["schedule"][key] for key in ("kind", "groups", "parameters")}
+    history = [[line["step"], round(line["delay"], 4)] for line in found["history"]]
+    kept = ("data", "encoder", "seed", "kinetic", "variant", "delay", "collapsed", "steps", "burn_in", "seconds")
+    return {key: found[key] for key in kept} | {"schedule": schedule, "delay_by_step": history} | _origin(found)
+
+
+def _score(found: Row) -> Row:
+    """A score as `lwd report` reads it, without where its files lay."""
+    arm = {
+        key: found[key]
+        for key in ("data", "encoder", "seed", "scale", "interval", "scale_times", "free", "part", "along")
+    }
+    arm |= {"schedule": found["training_schedule"], "variant": found["training_variant"]}
+    arm |= {"evaluations": found["evaluations"], "steps": found["steps"]}
+    origin = found["generated"]["origin"]
+    probe = origin["schedule"].get("provenance", {}).get("probe", {})
+    provenance = {"probe": {key: probe[key] for key in ("kinetic", "jacobian") if key in probe}} if probe else {}
+    origin = origin | {"run": None, "schedule": origin["schedule"] | {"provenance": provenance}}
+    if origin["guidance"] and origin["guidance"]["weak"]:
+        origin["guidance"] = origin["guidance"] | {"weak": origin["guidance"]["weak"] | {"run": None}}
+    settings = found["settings"] | {"judge": {"sha256": found["settings"]["judge"]["sha256"]}}
+    generated = found["generated"] | {"origin": origin}
+    metrics = {key: float(f"{value:.5g}") for key, value in found["metrics"].items()}
+    return {"arm": arm, "metrics": metrics, "generated": generated, "settings": settings} | _origin(found)
+
+
+def _origin(found: Row) -> Row:
+    return {"machine": found["machine"], "versions": found["versions"]}
+
+
+def _write(path: Path, content: Row, listed: str) -> Path:
+    """JSON with one line for every entry of the list: small, and a new result is a new line."""
+    head = json.dumps({key: value for key, value in content.items() if key != listed})
+    lines = ",\n".join(json.dumps(entry, separators=(",", ":"), ensure_ascii=False) for entry in content[listed])
+    text = f'{head[:-1]}, "{listed}": [\n{lines}\n]}}\n'
+    return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is kept of all sets of images, as flat rows.
+
+    Attributes:
+        probes: rows of `_probe`.
+        scores: rows of arm and metrics.
+        floors: metrics of real training images, by set.
+    """
+
+    probes: list[Row]
+    scores: list[Row]
+    floors: dict[str, Row]
+
+    @classmethod
+    def load(cls, kept: Path = KEPT) -> Evidence:
+        """Raises FileNotFoundError when nothing is kept there yet."""
+        probes, scores, floors = list[Row](), list[Row](), dict[str, Row]()
+        for file in sorted(kept.glob("probes-*.json")):
+            probes += read_json(file)["probes"]
+        for file in sorted(kept.glob("evaluations-*.json")):
+            data = read_json(file)
+            floors[file.stem.removeprefix("evaluations-")] = data["floor"]
+            scores += [_flat(result) for result in data["results"]]
+        if not probes and not scores:
+            raise FileNotFoundError(f"nothing is in {kept}: run `python -m experiments.collect` after some experiments")
+        return cls(probes, scores, floors)
+
+    def sets(self) -> list[str]:
+        """The sets of images there are results of, in the usual order."""
+        there = {row["data"] for row in (*self.probes, *self.scores)}
+        return [name for name in SETS if name in there]
+
+    def some_probes(self, **wanted: Any) -> list[Row]:
+        return _matching(self.probes, wanted)
+
+    def some_scores(self, **wanted: Any) -> list[Row]:
+        """Scores at 20 evaluations without guidance at the end of training, where nothing else is asked for."""
+        usual = {
+            "encoder": "middle", "steps": 20, "scale": (), "interval": (), "scale_times": (), "part": 1.0, "along": "",
+            "free": False,
+        }  # fmt: skip
+        return _matching(self.scores, usual | wanted)
+
+
+def _flat(result: Row) -> Row:
+    arm = {key: tuple(value) if isinstance(value, list) else value for key, value in result["arm"].items()}
+    return arm | result["metrics"]
+
+
+def _matching(rows: Iterable[Row], wanted: Row) -> list[Row]:
+    """Rows with these values; None stands for any."""
+    return [row for row in rows if all(value is None or row[key] == value for key, value in wanted.items())]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="where the experiments are")
+    parser.add_argument("--kept", type=Path, default=KEPT)
+    chosen = parser.parse_args()
+    for path in collect(Places(chosen.out), chosen.kept):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""The figures of docs/results/evidence.md."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from experiments.collect import Evidence, Row, spread
+from experiments.plans import EVALUATIONS, LEARNED
+from experiments.sets import ENCODERS
+from lwd.files import write_atomically
+from lwd.probe import COLLAPSE_DELAY
+from lwd.recipes import make_schedule
+from lwd.report.figures import INK, MUTED, PAPER, STYLE
+from lwd.report.style import ink
+from lwd.schedules import Schedule, schedule_from_dict
+
+ENCODER_COLOURS = dict(zip(ENCODERS, (ink("synchronous"), ink("learned"), ink("autoguidance")), strict=True))
+ARMS: dict[tuple[str, str], tuple[str, str, str]] = {
+    (f"learned:{LEARNED:g}", ""): ("learned", ink("learned"), "o"),
+    ("independent", ""): ("independent times", ink("autoguidance"), "D"),
+    ("offset:0.15", "uncorrected"): ("offset 0.15", "#f4b183", "s"),
+    ("offset:0.3", "uncorrected"): ("offset 0.3 (SFD)", ink("offset"), "s"),
+    ("offset:0.6", "uncorrected"): ("offset 0.6", "#8c3d00", "s"),
+    ("synchronous", ""): ("synchronous", ink("synchronous"), "^"),
+    ("shifted:1,3", ""): ("shifted 1, 3", "#c9a400", "P"),
+    ("cascaded", ""): ("cascaded", ink("weak"), "v"),
+}
+"""Title, colour and marker of the arms that are compared."""
+
+
+def draw(evidence: Evidence, folder: Path) -> list[Path]:
+    """All figures there are results for; returns their paths."""
+    import matplotlib
+
+    made = []
+    with matplotlib.rc_context(STYLE):
+        for figure in (lambdas, probes, quality, oracle):
+            drawn = figure(evidence)
+            if drawn is not None:
+                path = folder / f"{figure.__name__}.png"
+                write_atomically(path, partial(drawn.savefig, format="png", dpi=110))
+                made.append(path)
+    return made
+
+
+def _figure(rows: int, columns: int, height: float = 4.4) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(6.0, 5.4 * columns), height * rows), layout="constrained", facecolor=PAPER)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def lambdas(evidence: Evidence) -> Any:
+    """Above, delay against lambda for the three encoders; below, the curves of the middle one."""
+    names = [name for name in evidence.sets() if evidence.some_probes(data=name, variant="paper")]
+    if not names:
+        return None
+    figure, axes = _figure(2, len(names))
+    for column, name in enumerate(names):
+        top, below = axes[:, column]
+        top.set_title(name, loc="left", color=INK)
+        for encoder, colour in ENCODER_COLOURS.items():
+            rows = evidence.some_probes(data=name, encoder=encoder, variant="paper")
+            if rows:
+                found = spread(rows, lambda row: row["kinetic"], lambda row: row["delay"])
+                x = sorted(found)
+                top.plot([_root(k) for k in x], [found[k].mean for k in x], color=colour, label=f"{encoder} encoder")
+                points = [(_root(row["kinetic"]), row["delay"]) for row in rows]
+                top.scatter(*zip(*points, strict=True), color=colour, s=16, zorder=3)
+        top.axhline(COLLAPSE_DELAY, color=MUTED, linewidth=1, linestyle=":")
+        ticks = (0, 0.01, 0.04, 0.08, 0.16)
+        top.set_xticks([_root(k) for k in ticks], [f"{k:g}" for k in ticks])
+        top.set(xlabel="λ", ylabel="delay (0 synchronous, 1 extreme)", ylim=(-0.05, 1.05))
+        top.legend(frameon=False)
+        tau = torch.linspace(0, 1, 200)
+        rows = evidence.some_probes(data=name, encoder="middle", variant="paper")
+        kinetics = sorted({row["kinetic"] for row in rows})
+        for place, kinetic in enumerate(kinetics):
+            shade = _between(ink("offset"), ink("learned"), place / max(1, len(kinetics) - 1))
+            for row in evidence.some_probes(data=name, encoder="middle", variant="paper", kinetic=kinetic):
+                label = f"λ = {kinetic:g}" if row["seed"] == 0 else None
+                below.plot(tau, curve_of(row)(tau).t[:, 0], color=shade, linewidth=1.3, label=label)
+        below.plot([0, 1], [0, 1], color=MUTED, linewidth=1, linestyle=":")
+        below.set(xlabel="semantic time = τ", ylabel="texture time")
+        below.legend(frameon=False, fontsize=10)
+    return figure
+
+
+def probes(evidence: Evidence) -> Any:
+    """The delay that every variant of the probe finds at the recommended lambda, a point for each seed."""
+    name = evidence.sets()[0]
+    rows = evidence.some_probes(data=name, encoder="middle", kinetic=LEARNED)
+    if not rows:
+        return None
+    variants = sorted(dict.fromkeys(row["variant"] for row in rows), key=lambda v: v != "paper")
+    figure, axes = _figure(1, 1, height=1.2 + 0.32 * len(variants))
+    plot = axes[0, 0]
+    usual = spread(rows, lambda row: row["variant"], lambda row: row["delay"])["paper"]
+    plot.axvspan(min(usual.values), max(usual.values), color=ink("learned"), alpha=0.15, linewidth=0)
+    for row in rows:
+        colour = ink("learned") if row["variant"] == "paper" else INK
+        plot.scatter(row["delay"], variants.index(row["variant"]), color=colour, s=26, zorder=3)
+    plot.set_yticks(range(len(variants)), variants)
+    plot.set(xlabel=f"delay at λ = {LEARNED:g}, {name}", xlim=(-0.03, 1.03))
+    plot.invert_yaxis()
+    return figure
+
+
+def quality(evidence: Evidence) -> Any:
+    """The judge's distance against evaluations of the solver, and against steps of training."""
+    names = [name for name in evidence.sets() if evidence.some_scores(data=name)]
+    if not names:
+        return None
+    figure, axes = _figure(2, len(names))
+    for column, name in enumerate(names):
+        for plot, key, values, label in (
+            (axes[0, column], "steps", (*EVALUATIONS, 20), "evaluations of the network"),
+            (axes[1, column], "part", (0.25, 0.5, 1.0), "share of the training"),
+        ):
+            rows = [row for value in values for row in evidence.some_scores(data=name, **{key: value})]
+            for arm, (title, colour, marker) in ARMS.items():
+                mine = [row for row in rows if (row["schedule"], row["variant"]) == arm]
+                found = spread(mine, lambda row, key=key: row[key], lambda row: row["fd_judge"])  # type: ignore[misc]
+                x = sorted(found)
+                if x:
+                    plot.errorbar(
+                        x, [found[k].mean for k in x], [found[k].deviation for k in x],
+                        color=colour, marker=marker, label=title, capsize=2, elinewidth=1, linewidth=1.6,
+                    )  # fmt: skip
+            plot.set(xlabel=label, ylabel="distance by the judge", yscale="log")
+            plot.set_xticks(values, [f"{value:g}" for value in values])
+            plot.yaxis.set_major_formatter("{x:g}")
+            plot.yaxis.set_minor_formatter("{x:g}")
+        axes[0, column].set_title(name, loc="left", color=INK)
+        axes[1, column].legend(frameon=False, fontsize=10)
+    return figure
+
+
+def oracle(evidence: Evidence) -> Any:
+    """The judge's distance of models trained on each curve, against the curve's delay."""
+    name = evidence.sets()[0]
+    rows = evidence.some_scores(data=name)
+    if not any(row["schedule"].startswith("mix") for row in rows):
+        return None
+    figure, axes = _figure(1, 2)
+    for plot, metric, label in zip(
+        axes[0], ("fd_judge", "fd_embedded"), ("distance by the judge", "distance, embedded network"), strict=True
+    ):
+        for kind, (title, colour, marker) in {
+            "mix": ("(1 − A) τ + A τ⁵, synchronous at 0", MUTED, "o"),
+            "learned": ("learned, λ as written", ink("learned"), "o"),
+            "offset": ("offset as written, uncorrected", ink("offset"), "s"),
+        }.items():
+            mine = [row for row in rows if _family(row) == kind]
+            delays = spread(mine, lambda row: row["schedule"], lambda row: _delay(evidence, row))
+            found = spread(mine, lambda row: row["schedule"], lambda row, m=metric: row[m])  # type: ignore[misc]
+            order = sorted(found, key=lambda key: delays[key].mean)
+            plot.errorbar(
+                [delays[key].mean for key in order], [found[key].mean for key in order],
+                [found[key].deviation for key in order], [delays[key].deviation for key in order],
+                color=colour, marker=marker, label=title, capsize=2, elinewidth=1,
+                linestyle="-" if kind == "mix" else "none",
+            )  # fmt: skip
+            for key in order if kind != "mix" else ():
+                text = key.partition(":")[2]
+                plot.annotate(
+                    text, (delays[key].mean, found[key].mean), (6, 6), textcoords="offset points", color=colour
+                )
+        plot.set(xlabel="delay of the curve", ylabel=label)
+    axes[0, 0].legend(frameon=False, fontsize=10)
+    axes[0, 0].set_title(name, loc="left", color=INK)
+    return figure
+
+
+def curve_of(row: Row) -> Schedule:
+    """The schedule that a probe's row holds."""
+    return schedule_from_dict({"format": "lwd-schedule/1", **row["schedule"]}).frozen()
+
+
+def delay_of(schedule: Schedule) -> float:
+    """The area between diagonal and path in the square of local times, as a share of that of tau^5: for curves of the
+    paper's family the same as `lwd.probe.delay`."""
+    t = schedule(torch.linspace(0, 1, 4001, dtype=torch.float64)).t
+    area = float(torch.trapezoid(t[:, 0], t[:, 1]))
+    return (0.5 - area) / (0.5 - 1 / 6)
+
+
+def _family(row: Row) -> str:
+    kind = row["schedule"].partition(":")[0]
+    if kind == "synchronous" and not row["variant"]:
+        return "mix"
+    if kind == "offset":
+        return "offset" if row["variant"] == "uncorrected" else ""
+    return kind if not row["variant"] else ""
+
+
+def _delay(evidence: Evidence, row: Row) -> float:
+    kind, _, value = row["schedule"].partition(":")
+    if kind == "mix":
+        return float(value)
+    if kind == "learned":
+        wanted = {"data": row["data"], "encoder": row["encoder"], "seed": row["seed"], "variant": "paper"}
+        return float(evidence.some_probes(kinetic=float(value), **wanted)[0]["delay"])
+    return delay_of(make_schedule(row["schedule"], ("texture", "semantic")))
+
+
+def _root(kinetic: float) -> float:
+    """Where a lambda is drawn: small ones apart, 0 on the axis."""
+    return kinetic**0.5
+
+
+def _between(first: str, last: str, share: float) -> tuple[float, ...]:
+    from matplotlib.colors import to_rgb
+
+    return tuple((1 - share) * np.array(to_rgb(first)) + share * np.array(to_rgb(last)))

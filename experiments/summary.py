@@ -1,0 +1,258 @@
+"""Tables and figures of docs/results/evidence.md, from the files kept beside it.
+
+    python -m experiments.summary
+
+Rewrites the tables of the page in place, each between ``<!-- table NAME -->`` and ``<!-- end -->``, and the figures
+beside the kept files. Needs no data: whoever has the repository can make them again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from experiments import figures
+from experiments.collect import KEPT, Evidence, Row, Spread, spread
+from experiments.plans import EVALUATIONS, LEARNED
+from experiments.sets import ENCODERS
+from lwd.files import write_atomically
+
+PAGE = Path("docs/results/evidence.md")
+LEARNED_ARM = (f"learned:{LEARNED:g}", "")
+METRICS = {"fd_judge": 2, "fd_embedded": 0, "precision": 3, "recall": 3, "accuracy": 3}
+TITLES = {
+    "fd_judge": "distance, judge", "fd_embedded": "distance, embedded network", "precision": "precision",
+    "recall": "recall", "accuracy": "class accuracy",
+}  # fmt: skip
+
+Table = Callable[[Evidence], str]
+
+
+def arm(row: Row) -> tuple[str, str]:
+    return row["schedule"], row["variant"]
+
+
+def arm_name(schedule: str, variant: str) -> str:
+    """What a table calls an arm: ``learned, λ 0.02``, ``offset 0.3, uncorrected`` ..."""
+    kind, _, value = schedule.partition(":")
+    kind = kind.replace("@", " from the latents called ").replace("learned/", "learned by ")
+    kind = {"mix": "mixture"}.get(kind, kind)
+    value = f", λ {value}" if kind.startswith("learned") or kind == "path" else f" {value}"
+    return f"{kind}{value}".strip() + (f", {variant}" if variant else "")
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def lambdas(evidence: Evidence) -> str:
+    """Delay by lambda, set and encoder."""
+    columns = [(name, encoder) for name in evidence.sets() for encoder in ENCODERS]
+    found = {
+        column: spread(
+            evidence.some_probes(data=column[0], encoder=column[1], variant="paper"),
+            lambda row: row["kinetic"],
+            lambda row: row["delay"],
+        )
+        for column in columns
+    }
+    columns = [column for column in columns if found[column]]
+    kinetics = sorted({kinetic for column in columns for kinetic in found[column]})
+    rows = [
+        [f"{kinetic:g}", *(found[column][kinetic].text(3) if kinetic in found[column] else "" for column in columns)]
+        for kinetic in kinetics
+    ]
+    return markdown(["λ", *(f"{name}, {encoder}" for name, encoder in columns)], rows)
+
+
+def probes(evidence: Evidence) -> str:
+    """Delay by variant of the probe."""
+    name = evidence.sets()[0]
+    rows_of = evidence.some_probes(data=name, encoder="middle")
+    found = spread(rows_of, lambda row: (row["variant"], row["kinetic"]), lambda row: row["delay"])
+    kinetics = (0.0, 0.01, LEARNED, 2 * LEARNED, 4 * LEARNED, 8 * LEARNED)
+    variants = dict.fromkeys(variant for variant, _ in found)
+    rows = [
+        [variant, *(found[variant, k].text(3) if (variant, k) in found else "" for k in kinetics)]
+        for variant in sorted(variants, key=lambda v: v != "paper")
+    ]
+    return markdown([f"{name}, delay at λ =", *(f"{k:g}" for k in kinetics)], rows)
+
+
+def quality(evidence: Evidence) -> str:
+    """All metrics of the arms of each set, without and with AutoGuidance, and the floor."""
+    parts = []
+    for name in evidence.sets():
+        for scale, words in (((), "without guidance"), ((1.5,), "AutoGuidance 1.5")):
+            rows = [row for row in evidence.some_scores(data=name, scale=scale) if main_arm(row)]
+            if rows:
+                parts.append(f"{name}, {words}:\n\n" + _all_metrics(rows, {} if scale else evidence.floors[name]))
+    return "\n\n".join(parts)
+
+
+def main_arm(row: Row) -> bool:
+    """Whether a row belongs to the comparison of Tables 1 and 2."""
+    fixed = row["schedule"] in ("synchronous", "cascaded", "shifted:1,3") and not row["variant"]
+    offset = row["schedule"].startswith("offset") and row["variant"] == "uncorrected"
+    return arm(row) == LEARNED_ARM or fixed or offset or row["schedule"] == "independent"
+
+
+def _all_metrics(rows: Sequence[Row], floor: Row) -> str:
+    found = {metric: spread(rows, arm, lambda row, m=metric: row[m]) for metric in METRICS}  # type: ignore[misc]
+    better = spread(rows, arm, lambda row: row["fd_judge"])
+    reference = better.get(LEARNED_ARM)
+    lines = []
+    for key in sorted(better, key=lambda key: better[key].mean):
+        cells = [found[metric][key].text(digits) for metric, digits in METRICS.items()]
+        lines.append([arm_name(*key), *cells, versus(better[key], reference), str(len(better[key].values))])
+    if floor:
+        cells = [f"{floor[metric]:.{digits}f}" for metric, digits in METRICS.items()]
+        lines.append(["real training images", *cells, "", ""])
+    return markdown(
+        ["schedule", *TITLES.values(), "judge's distance to the learned one's, seed by seed", "seeds"], lines
+    )
+
+
+def versus(some: Spread, reference: Spread | None) -> str:
+    """The ratio to the reference in each seed: mean and least to most."""
+    if reference is None or len(some.values) != len(reference.values):
+        return ""
+    ratios = [a / b for a, b in zip(some.values, reference.values, strict=True)]
+    return f"{sum(ratios) / len(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+
+
+def evaluations(evidence: Evidence) -> str:
+    """The judge's distance by solver steps and by training steps."""
+    parts = []
+    for name in evidence.sets():
+        by: dict[str, Row] = {
+            **{f"{steps} evaluations": {"steps": steps} for steps in (*EVALUATIONS, 20)},
+            **{f"{part:g} of the training": {"part": part} for part in (0.25, 0.5)},
+            f"{EVALUATIONS[0]} evaluations, guided": {"steps": EVALUATIONS[0], "scale": (1.5,)},
+        }
+        found = {
+            title: spread(
+                [row for row in evidence.some_scores(data=name, **wanted) if main_arm(row)],
+                arm,
+                lambda row: row["fd_judge"],
+            )
+            for title, wanted in by.items()
+        }
+        arms = list(dict.fromkeys(key for column in found.values() for key in column))
+        if arms:
+            rows = [[arm_name(*key), *(c[key].text(2) if key in c else "" for c in found.values())] for key in arms]
+            parts.append(markdown([name, *found], rows))
+    return "\n\n".join(parts)
+
+
+def others(evidence: Evidence) -> str:
+    """The arms that are no part of the main comparison: ablations, other curves, other encoders."""
+    parts = []
+    for name in evidence.sets():
+        for encoder in ENCODERS:
+            rows = evidence.some_scores(data=name, encoder=encoder)
+            guided = evidence.some_scores(data=name, encoder=encoder, scale=(1.5,))
+            if all(main_arm(row) for row in rows) and encoder == "middle":
+                continue
+            keep = [row for row in rows if not main_arm(row) or row["schedule"] in ("synchronous", LEARNED_ARM[0])]
+            if keep:
+                with_guidance = spread(guided, arm, lambda row: row["fd_judge"])
+                unguided = spread(keep, arm, lambda row: row["fd_judge"])
+                other = spread(keep, arm, lambda row: row["fd_embedded"])
+                lines = [
+                    [
+                        arm_name(*key), unguided[key].text(2), other[key].text(0),
+                        with_guidance[key].text(2) if key in with_guidance else "",
+                        versus(unguided[key], unguided.get(LEARNED_ARM)), str(len(unguided[key].values)),
+                    ]
+                    for key in sorted(unguided, key=lambda key: unguided[key].mean)
+                ]  # fmt: skip
+                head = [f"{name}, {encoder} semantic latents", TITLES["fd_judge"], TITLES["fd_embedded"]]
+                head += ["judge, AutoGuidance 1.5", "judge's distance to the learned one's", "seeds"]
+                parts.append(markdown(head, lines))
+    return "\n\n".join(parts)
+
+
+def guidance(evidence: Evidence) -> str:
+    """Every guidance on the learned and the synchronous schedule."""
+    name = evidence.sets()[0]
+    arms = [LEARNED_ARM, ("synchronous", "")]
+    rows = evidence.some_scores(data=name, scale=None, interval=None, scale_times=None, free=None)
+    rows = [row for row in rows if arm(row) in arms]
+
+    def how(row: Row) -> str:
+        if not row["scale"]:
+            return "none"
+        kind = "CFG" if row["free"] else "AutoGuidance"
+        scale = ", ".join(f"{w:g}" for w in row["scale"])
+        if row["scale_times"]:
+            return f"{kind}, w from {scale.replace(', ', ' to ')} along τ"
+        if len(row["scale"]) > 1:
+            scale = f"texture {row['scale'][0]:g}, semantic {row['scale'][1]:g}"
+        within = f", t in [{row['interval'][0]:g}, {row['interval'][1]:g}]" if row["interval"] else ""
+        return f"{kind}, w = {scale}{within}"
+
+    found = {metric: spread(rows, lambda row: (arm(row), how(row)), lambda row, m=metric: row[m]) for metric in METRICS}  # type: ignore[misc]
+    hows = list(dict.fromkeys(h for _, h in found["fd_judge"]))
+    metrics = ("fd_judge", "precision", "recall")
+    lines = []
+    for each in hows:
+        cells = [
+            found[m][a, each].text(METRICS[m]) if (a, each) in found[m] else "" for a in arms for m in metrics
+        ]  # fmt: skip
+        lines.append([each, *cells])
+    head = [f"{arm_name(*a)}: {TITLES[m]}" for a in arms for m in metrics]
+    return markdown(["guidance", *head], lines) if lines else ""
+
+
+def cost(evidence: Evidence) -> str:
+    """After which share of a probe its average of rho would have been final: by the delay of the current curve."""
+    rows = evidence.some_probes(encoder="middle", variant="paper", kinetic=LEARNED)
+    rows += evidence.some_probes(encoder="middle", variant="fourfold", kinetic=LEARNED)
+    within = (0.05, 0.02, 0.01)
+    lines = []
+    for name in evidence.sets():
+        for variant in ("paper", "fourfold"):
+            mine = [row for row in rows if row["data"] == name and row["variant"] == variant]
+            if mine:
+                found = [spread(mine, lambda _: 0, lambda row, w=w: settled(row, w))[0] for w in within]  # type: ignore[misc]
+                lines.append([name, str(mine[0]["steps"]), *(each.text(0) for each in found)])
+    return markdown(["", "steps of the probe", *(f"delay within {w:g} of the last" for w in within)], lines)
+
+
+def settled(row: Row, within: float) -> float:
+    """The step from which on the current curve's delay stays this near to the result's."""
+    last = 0.0
+    for step, delay in row["delay_by_step"]:
+        if abs(delay - row["delay"]) > within:
+            last = step
+    return last
+
+
+TABLES: dict[str, Table] = {
+    table.__name__: table for table in (lambdas, probes, quality, evaluations, others, guidance, cost)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kept", type=Path, default=KEPT)
+    parser.add_argument("--page", type=Path, default=PAGE)
+    chosen = parser.parse_args()
+    evidence = Evidence.load(chosen.kept)
+    if chosen.page.exists():
+        text = chosen.page.read_text(encoding="utf-8")
+        for name, table in TABLES.items():
+            pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+            made = table(evidence)
+            text = pattern.sub(lambda found, made=made: f"{found[1]}\n{made}\n\n{found[2]}", text)  # type: ignore[misc]
+        write_atomically(chosen.page, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    for path in figures.draw(evidence, chosen.kept):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -19,15 +19,15 @@ test: $(VENV)/dev.done  ## All tests
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/dev.done  ## Style and formatting
-	$(BIN)/ruff check src tests benchmarks docs
-	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs experiments
+	$(BIN)/ruff format --check src tests benchmarks docs experiments
 
 types: $(VENV)/dev.done  ## Static types
 	$(BIN)/mypy
 
 format: $(VENV)/dev.done  ## Apply the formatter and the safe lint fixes
-	$(BIN)/ruff check --fix src tests benchmarks docs
-	$(BIN)/ruff format src tests benchmarks docs
+	$(BIN)/ruff check --fix src tests benchmarks docs experiments
+	$(BIN)/ruff format src tests benchmarks docs experiments
 
 clean:  ## Remove the virtual environment and caches (runs stay)
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -161,6 +161,38 @@ def test_train_on_a_named_schedule(workspace):
     assert isinstance(load_schedule(workspace / "synchronous/schedule.json"), SynchronousSchedule)
 
 
+def test_independent_times_are_sampled_along_a_schedule(workspace, capsys):
+    train(
+        workspace,
+        "free",
+        "--schedule",
+        "independent",
+        "--heldout",
+        f"{workspace}/latents/heldout",
+        "--validate-every",
+        "64",
+    )
+    row = json.loads((workspace / "free" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["validation"] > 0
+    assert list((workspace / "free" / "samples").iterdir())
+    draw = ["sample", "--run", f"{workspace}/free", "--images", "2", "--solver", "euler", "--steps", "3"]
+    message = fails(capsys, *draw, "--out", f"{workspace}/none")
+    assert "independent times are no path: choose a schedule" in message
+    images = {}
+    for schedule in ("synchronous", f"{workspace}/probe/schedule.json", "cascaded"):
+        out = workspace / f"along{len(images)}"
+        cli.main([*draw, "--out", str(out), "--schedule", schedule, "--form", "npz"])
+        images[schedule] = np.load(next(out.glob("*.npz")))["arr_0"]
+        assert load_schedule(out / "schedule.json").kind == ("polynomial" if "json" in schedule else schedule)
+    first, _, last = images.values()
+    assert not np.array_equal(first, last)
+    train(workspace, "bound", "--schedule", "synchronous")
+    draw[2] = f"{workspace}/bound"
+    assert "only a model of independent times" in fails(
+        capsys, *draw, "--out", f"{workspace}/no", "--schedule", "cascaded"
+    )
+
+
 def test_recipes_lists_steps_and_summaries(capsys):
     cli.main(["recipes"])
     out = capsys.readouterr().out

@@ -41,6 +41,7 @@ def schedule_terms(**options) -> lwd.ScheduleTerms:
         ("detached", "groups", 1.25 * (1 * 5 + 3 * 4)),
         ("detached", "global", 1.25 * (1 * 2 * 5 + 3 * 1 * 4) / 3),
         ("exact", "groups", 1.25 * (1 * 5 + 3 * 4)),
+        ("information", "global", 1.25 * (2 * 5 * 3 / 5 + 4 * 5 / 3) / 3),  # t = 3/8 and 5/8; every channel counts once
     ],
 )
 def test_flow_loss_by_hand(jacobian, reduction, flow):
@@ -241,7 +242,7 @@ def test_uniform_and_logit_normal_times():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"jacobian": "detach"}, "jacobian is 'detach'; choose one of 'detached', 'exact', 'none'"),
+        ({"jacobian": "detach"}, "jacobian is 'detach'; choose one of 'detached', 'exact', 'none', 'information'"),
         ({"reduction": "mean"}, "reduction is 'mean'; choose one of 'global', 'groups'"),
         ({"kinetic_reduction": "sum"}, "'global', 'groups'"),
     ],

@@ -134,6 +134,35 @@ def test_weak_models_that_do_not_fit():
         pipeline.add_weak(make(statistics=shifted))
 
 
+def test_a_model_of_independent_times_goes_along_any_schedule(tmp_path):
+    free = make(schedule=lwd.IndependentTimes())
+    with pytest.raises(ValueError, match="no path: choose a schedule to go along"):
+        free(0)
+    with pytest.raises(ValueError, match="are no path to sample along"):
+        free.along(lwd.IndependentTimes())
+    with pytest.raises(ValueError, match=r"schedule is of the groups \('a', 'b'\)"):
+        free.along(lwd.SynchronousSchedule(2, ("a", "b")))
+    offset = OffsetSchedule(0.3)
+    drawn = {curve.kind: free.along(curve)([0, 1], output_type="latent").latents for curve in (offset, CURVE)}
+    torch.testing.assert_close(drawn["offset"], make(schedule=offset)([0, 1], output_type="latent").latents)
+    torch.testing.assert_close(drawn["polynomial"], make()([0, 1], output_type="latent").latents)
+    described = free.describe()
+    assert (described["schedule"]["kind"], described["trained_on"]["kind"]) == ("polynomial", "independent")
+    # A weak model of independent times needs no path of its own, and both are saved as what they are.
+    free.add_weak(make(seed=1, schedule=lwd.IndependentTimes()))
+    guided = free([0, 1], output_type="latent").latents
+    assert not torch.allclose(guided, drawn["polynomial"], atol=1e-3)
+    again = Pipeline.from_pretrained(free.save_pretrained(tmp_path / "saved"), precision="float32")
+    torch.testing.assert_close(again.along(CURVE)([0, 1], output_type="latent").latents, guided)
+    with pytest.raises(ValueError, match=r"both models on the same path.*independent.*polynomial"):
+        free.add_weak(make(seed=1))
+    # Other models know their own path.
+    with pytest.raises(ValueError, match=r"trained on the schedule polynomial.*only a model of independent times"):
+        make().along(offset)
+    assert make().along(CURVE).schedule.kind == "polynomial"
+    assert make().along(offset, force=True).schedule.kind == "offset"
+
+
 def test_parts_that_do_not_fit():
     with pytest.raises(ValueError, match="statistics of 2 channels, but a model of 6"):
         make(statistics=Normalization((0.0, 0.0), (1.0, 1.0)))

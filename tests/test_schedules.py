@@ -8,11 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.interpolate import PchipInterpolator
 
 import lwd
 from gaussian import SCHEDULES, curve, polynomial
 from lwd import (
     CascadedSchedule,
+    IndependentTimes,
+    MonotoneCubicSchedule,
     OffsetSchedule,
     PiecewiseLinearSchedule,
     PolynomialSchedule,
@@ -45,9 +48,15 @@ def piecewise(draw) -> PiecewiseLinearSchedule:
     return PiecewiseLinearSchedule([0.0, *sorted(times), 1.0], list(zip(*columns, strict=True)))
 
 
+def cubic(schedule: PiecewiseLinearSchedule) -> MonotoneCubicSchedule:
+    """Through the same knots."""
+    return MonotoneCubicSchedule(**schedule.parameters_dict())
+
+
 anything = st.one_of(
     polynomials(),
     piecewise(),
+    piecewise().map(cubic),
     st.builds(OffsetSchedule, st.floats(0, 5), st.integers(1, 4)),
     st.builds(CascadedSchedule, st.integers(1, 4)),
     st.builds(SynchronousSchedule, st.integers(1, 4)),
@@ -235,6 +244,43 @@ def test_very_negative_rho_stays_finite():
     assert dt.isfinite().all()
 
 
+@pytest.mark.parametrize("knots", [2, 3, 6])
+def test_monotone_cubic_is_the_curve_of_fritsch_and_butland(knots):
+    """scipy's, from the same formulas; a group that rests between two knots rests exactly."""
+    generator = np.random.default_rng(knots)
+    tau = np.concatenate([[0.0], np.sort(generator.random(knots - 2)), [1.0]])
+    t = np.concatenate([np.zeros((1, 2)), np.sort(generator.random((knots - 2, 2)), axis=0), np.ones((1, 2))])
+    if knots == 6:
+        t[3, 0] = t[2, 0]
+    schedule = MonotoneCubicSchedule(tau.tolist(), t.tolist())
+    x = np.linspace(0, 1, 1001)
+    found, expected = schedule(torch.from_numpy(x)), PchipInterpolator(tau, t)
+    np.testing.assert_allclose(found.t.numpy(), expected(x), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(found.dt.numpy(), expected.derivative()(x), rtol=0, atol=1e-10)
+    assert schedule.kinks == ()
+    if knots == 6:
+        resting = schedule(torch.from_numpy(np.linspace(tau[2], tau[3], 50)))
+        assert (resting.t[:, 0] == t[2, 0]).all()
+        assert not resting.dt[:, 0].any()
+
+
+def test_independent_times_are_their_own_local_times_and_no_path():
+    schedule = IndependentTimes(3)
+    tau = torch.rand(5, 3)
+    t, dt = schedule(tau)
+    assert torch.equal(t, tau)
+    assert torch.equal(dt, torch.ones(5, 3))
+    assert schedule.clocks == 3
+    assert schedule.path().to_dict() == SynchronousSchedule(3).to_dict()
+    assert schedule_from_dict(schedule.to_dict()).to_dict() == schedule.to_dict()
+    with pytest.raises(ValueError, match="no path: choose a schedule to go along"):
+        schedule(torch.rand(5))
+    with pytest.raises(ValueError, match=r"floating-point tensor \[B, 3\]"):
+        schedule(torch.rand(5, 2))
+    curve = polynomial([0.1, -2.0, 1.0])
+    assert (curve.clocks, curve.path()) == (1, curve)
+
+
 def test_derivative_at_a_kink_is_the_one_to_the_right():
     schedule = PiecewiseLinearSchedule([0.0, 0.5, 1.0], [[0.0], [0.25], [1.0]])
     assert schedule(torch.tensor([0.0, 0.5, 1.0])).dt[:, 0].tolist() == [0.5, 1.5, 1.5]
@@ -284,7 +330,7 @@ KNOTS = [0.0, 0.5, 1.0]
     ("data", "message"),
     [
         (described("polynomal", {}), "did you mean 'polynomial'"),
-        (described("zzz", {}), "unknown kind 'zzz'. Known kinds: cascaded, offset"),
+        (described("zzz", {}), "unknown kind 'zzz'. Known kinds: cascaded, independent"),
         (described(["offset"], {}), "unknown kind"),
         (described("polynomial", {"degree": 2, "rho": [[0, 0, 0]]}, ("a", "b", "c")), "3 groups and degree 2 need"),
         (described("polynomial", {"degree": 2, "rho": [[0] * 2] * 3}, ("a", "b", "c")), r"need \[2, 3\]"),

@@ -20,7 +20,7 @@ from lwd.probe import (
     learn_schedule,
 )
 from lwd.randomness import stream
-from lwd.schedules import OffsetSchedule, PolynomialSchedule, SynchronousSchedule, load_schedule
+from lwd.schedules import IndependentTimes, OffsetSchedule, PolynomialSchedule, SynchronousSchedule, load_schedule
 from lwd.sweep import Sweep, bisect_kinetic, sweep_kinetic, weakest_stable
 from lwd.training import OptimizerConfig, TrainConfig, train
 
@@ -129,9 +129,10 @@ def test_interrupted_probe_equals_the_uninterrupted_one_bit_for_bit(tmp_path, da
         assert torch.equal(value, b[name]) if isinstance(value, torch.Tensor) else value == b[name], name
 
 
-@pytest.mark.parametrize("stop", [2, 7])
-def test_interrupted_training_equals_the_uninterrupted_one_bit_for_bit(tmp_path, data, stop):
-    schedule = OffsetSchedule(0.3)
+@pytest.mark.parametrize(
+    ("stop", "schedule"), [(2, OffsetSchedule(0.3)), (7, OffsetSchedule(0.3)), (7, IndependentTimes())]
+)
+def test_interrupted_training_equals_the_uninterrupted_one_bit_for_bit(tmp_path, data, stop, schedule):
     whole = train(tiny(), schedule, data, TRAIN, directory=tmp_path / "whole")
     with pytest.raises(StoppedError):
         train(tiny(), schedule, interrupted(data, stop), TRAIN, directory=tmp_path / "broken")
@@ -201,6 +202,21 @@ def test_training_loss_falls(data):
     assert history[-1]["flow"] < 0.9 * history[0]["flow"]
 
 
+def test_training_on_independent_times_sees_every_combination(data):
+    """The loss of a zero network by bands of local time is that of the target alone, in every band of either group."""
+    zero = tiny()
+    nn.init.zeros_(zero.out.weight)
+    nn.init.zeros_(zero.out.bias)
+    config = replace(TRAIN, steps=1, batch_size=30 * 40, optimizer=OptimizerConfig(lr=0.0), label_dropout=0.0)
+    row = train(zero, IndependentTimes(), data, config).history[-1]
+    for name in SPEC.names:
+        by_time = torch.tensor(row[f"loss_{name}_by_time"])
+        assert len(by_time) == 10
+        torch.testing.assert_close(by_time, torch.full_like(by_time, 2.0), rtol=0.1, atol=0)
+    # Without a Jacobian: w_g d_g / D of l_g = 2 for each.
+    assert row["flow"] == pytest.approx((3 * 1 + 2 * 1.5) / 5 * 2, rel=0.03)
+
+
 def test_batches_are_functions_of_the_step(data):
     first = Batches(data, TRAIN, tiny(), torch.device("cpu"))
     second = Batches(data, TRAIN, tiny(), torch.device("cpu"))
@@ -211,8 +227,12 @@ def test_batches_are_functions_of_the_step(data):
     assert torch.equal(a.tau, b.tau)
     assert torch.equal(a.labels, b.labels)
     assert not torch.equal(a.x0, first.draw(8).x0)
-    many = replace(TRAIN, batch_size=4000, label_dropout=0.25)
-    dropped = Batches(data, many, tiny(), torch.device("cpu")).draw(0).labels
+    many = Batches(data, replace(TRAIN, batch_size=4000, label_dropout=0.25), tiny(), torch.device("cpu"))
+    independent = many.draw(0, clocks=2)
+    assert torch.equal(independent.x0, many.draw(0).x0)
+    assert independent.tau.shape == (4000, 2)
+    assert abs(torch.corrcoef(independent.tau.T)[0, 1].item()) < 0.05
+    dropped = many.draw(0).labels
     assert (dropped == 4).float().mean().item() == pytest.approx(0.25, abs=0.03)
 
 

@@ -98,8 +98,8 @@ class Batches:
             self.loader = BatchLoader(data, self.order, device, flips=self.flips)
         self.waited = 0.0
 
-    def draw(self, step: int, distribution: TimeDistribution = "uniform") -> TrainingBatch:
-        """This process's part of the batch of `step`."""
+    def draw(self, step: int, distribution: TimeDistribution = "uniform", clocks: int = 1) -> TrainingBatch:
+        """This process's part of the batch of `step`; `clocks` as in `sample_tau`."""
         start = time.perf_counter()
         if self.loader is not None:
             batch = self.loader.get(step)
@@ -112,7 +112,8 @@ class Batches:
         self.waited += time.perf_counter() - start
         generator = stream(self.seed, "noise", step, self.device)
         x0 = torch.randn((self.batch_size, *x1.shape[1:]), generator=generator, device=self.device)[self.part]
-        tau = sample_tau(self.batch_size, distribution, generator=generator, device=self.device)[self.part]
+        tau = sample_tau(self.batch_size, distribution, clocks=clocks, generator=generator, device=self.device)
+        tau = tau[self.part]
         if self.label_dropout > 0:
             chance = torch.rand(self.batch_size, generator=generator, device=self.device)[self.part]
             labels = torch.where(chance < self.label_dropout, cast(int, self.null_label), labels)

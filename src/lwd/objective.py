@@ -22,12 +22,20 @@ from torch.nn import functional as F
 
 from lwd.interpolant import interpolate, target_velocity
 from lwd.latents import LatentSpec
-from lwd.schedules import Schedule
+from lwd.schedules import LocalTimes, Schedule
 
-Jacobian = Literal["detached", "exact", "none"]
+Jacobian = Literal["detached", "exact", "none", "information"]
 Reduction = Literal["global", "groups"]
 TimeDistribution = Literal["uniform", "logit_normal"]
 Repa = Literal["cos", "cos_mse"]
+
+INFORMATION_END = 0.95
+"""The local time from which on the weight t / (1 - t) of information stays at its value of 19.
+
+Beyond it, little but noise of the input is left to predict, at a weight without bound. The price is that the
+irreducible loss does depend on the schedule a little: on power-law Gaussian data by 0.03 % among convex curves and
+0.3 % among all, where that of Eq. 36 does by 9 % and 19 %.
+"""
 
 
 class Denoiser(Protocol):
@@ -89,11 +97,14 @@ def schedule_objective(
         schedule: gives t(tau) and t'(tau); its gradient flows through both.
         x0, x1: noise and data latents, [B, C, H, W].
         labels: [B]; passed on to the denoiser.
-        tau: global times [B], uniform in [0, 1] for the corrected loss of Lemma 3.3.
+        tau: global times [B], uniform in [0, 1] for the corrected loss of Lemma 3.3; [B, G] for `IndependentTimes`.
         kinetic: lambda.
         jacobian: the factor t_g' of Eq. 35. ``"detached"`` as in the paper: it corrects the weighting but sends no
             gradient to the schedule. ``"exact"``: differentiated too, which makes the gradient that of the
             local-time form, Eq. 36; a different estimator, not a refinement. ``"none"``: uncorrected.
+            ``"information"``: differentiated, times `information_weight`, without the groups' weights. The irreducible
+            loss is then the same for all schedules (I-MMSE, Guo et al. 2005), and rho follows the denoiser's own error
+            alone; for that, leave `reduction` at ``"global"``, which counts every dimension once.
         reduction, kinetic_reduction: how groups are summed, see the module's docstring.
 
     Raises:
@@ -103,7 +114,7 @@ def schedule_objective(
     times = schedule(tau)
     velocity = _checked_velocity(denoiser(interpolate(x0, x1, times.t, spec), times.t, labels), x1)
     per_group = spec.group_mean((velocity - target_velocity(x0, x1)) ** 2)
-    flow = _flow_loss(per_group, times.dt, spec, jacobian, reduction)
+    flow = _flow_loss(per_group, times, spec, jacobian, reduction)
     speed = times.dt**2 * spec.group_mean(velocity**2)
     r_kin = (speed * _group_factors(spec, kinetic_reduction, speed)).sum(dim=1).mean()
     return ScheduleTerms(flow + kinetic * r_kin, flow, r_kin, per_group)
@@ -132,7 +143,7 @@ def denoiser_objective(
         cosine, repa: weights of the two auxiliary terms (1 and 1 in the paper).
         repa_loss: ``"cos"`` as in the paper, or ``"cos_mse"``, the mean of cosine and squared error.
         jacobian: ``"detached"`` for the corrected loss; ``"none"`` is SFD's own uncorrected loss, in which the
-            error of a resting group still counts.
+            error of a resting group still counts; ``"information"`` weighs errors by information.
 
     Other arguments and errors as `schedule_objective`.
     """
@@ -147,7 +158,7 @@ def denoiser_objective(
         velocity = cast(Denoiser, denoiser)(z, times.t, labels)
     velocity = _checked_velocity(velocity, x1)
     per_group = spec.group_mean((velocity - u) ** 2)
-    flow = _flow_loss(per_group, times.dt, spec, jacobian, reduction)
+    flow = _flow_loss(per_group, times, spec, jacobian, reduction)
     direction = (1 - F.cosine_similarity(velocity, u, dim=1)).mean()
     alignment = flow.new_zeros(())
     if wants_projection:
@@ -176,14 +187,20 @@ def sample_tau(
     batch: int,
     distribution: TimeDistribution = "uniform",
     *,
+    clocks: int = 1,
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Global times [B]: uniform, or logit-normal(0, 1) as in SFD's and LightningDiT's training."""
+    """Global times [B]: uniform, or logit-normal(0, 1) as in SFD's and LightningDiT's training.
+
+    Args:
+        clocks: `Schedule.clocks`; for more than one, times [B, clocks], independent of one another.
+    """
     _check_choice("distribution", distribution, TimeDistribution)
+    shape = (batch,) if clocks == 1 else (batch, clocks)
     if distribution == "uniform":
-        return torch.rand(batch, generator=generator, device=device)
-    return torch.randn(batch, generator=generator, device=device).sigmoid()
+        return torch.rand(shape, generator=generator, device=device)
+    return torch.randn(shape, generator=generator, device=device).sigmoid()
 
 
 def _checked_velocity(velocity: Tensor, like: Tensor) -> Tensor:
@@ -193,11 +210,26 @@ def _checked_velocity(velocity: Tensor, like: Tensor) -> Tensor:
     return velocity.to(torch.promote_types(velocity.dtype, torch.float32))
 
 
-def _flow_loss(per_group: Tensor, dt: Tensor, spec: LatentSpec, jacobian: Jacobian, reduction: Reduction) -> Tensor:
+def information_weight(t: Tensor) -> Tensor:
+    """t / (1 - t), the nats that a unit of the error l_g is worth per local time, bounded from `INFORMATION_END` on.
+
+    Because 1/2 mmse_g d(snr_g) = t_g / (1 - t_g) l_g dt_g with snr_g = t_g^2 / (1 - t_g)^2.
+    """
+    t = t.clamp(max=INFORMATION_END)
+    return t / (1 - t)
+
+
+def _flow_loss(
+    per_group: Tensor, times: LocalTimes, spec: LatentSpec, jacobian: Jacobian, reduction: Reduction
+) -> Tensor:
     """Eq. 35 for l_g [B, G]."""
-    weights = spec.weights(per_group) * _group_factors(spec, reduction, per_group)
-    if jacobian != "none":
-        weights = weights * (dt.detach() if jacobian == "detached" else dt)
+    weights = _group_factors(spec, reduction, per_group)
+    if jacobian == "information":
+        weights = weights * information_weight(times.t) * times.dt
+    else:
+        weights = weights * spec.weights(per_group)
+        if jacobian != "none":
+            weights = weights * (times.dt.detach() if jacobian == "detached" else times.dt)
     return (weights * per_group).sum(dim=1).mean()
 
 

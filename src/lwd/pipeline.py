@@ -58,7 +58,7 @@ class Pipeline:
 
     Args:
         model: in eval mode, on the device to sample on.
-        schedule: that it was trained on.
+        schedule: that it was trained on; `along` takes another one to sample along.
         normalization: of the latents that it was trained on.
         encoders: of every group, as a manifest describes them; the texture group's decodes.
         weak: a pipeline of a worse model on the same schedule, for AutoGuidance.
@@ -88,7 +88,7 @@ class Pipeline:
             raise ValueError(f"statistics of {len(normalization.mean)} channels, but a model of {model.spec.channels}")
         device = next(model.parameters()).device
         self.model, self.normalization = model.eval().requires_grad_(False), normalization
-        self.schedule = schedule.frozen().to(device)
+        self.schedule = self.trained_on = schedule.frozen().to(device)
         self.encoders, self.class_names, self.origin = dict(encoders or {}), tuple(class_names), dict(origin or {})
         self.precision: Precision = precision or default_precision(device)
         self.denoiser: Denoiser = _Evaluated(model, self.precision)
@@ -173,7 +173,7 @@ class Pipeline:
         """Write everything, the weak model too, into a directory that `from_pretrained` reads; it can be uploaded to
         the hub as it is. The texture decoder is not copied: the files keep where it came from, and its hash."""
         directory = Path(directory)
-        self.schedule.save(directory / "schedule.json")
+        self.trained_on.save(directory / "schedule.json")
         latents = {"normalization": self.normalization.to_dict(), "encoders": self.encoders}
         write_json(directory / "latents.json", latents | {"class_names": list(self.class_names)})
         write_json(directory / "origin.json", self.origin)
@@ -191,7 +191,7 @@ class Pipeline:
         Raises:
             ValueError: it was trained on another schedule, or on latents of other statistics or groups.
         """
-        ours, theirs = self.schedule.to_dict(), weak.schedule.to_dict()
+        ours, theirs = self.trained_on.to_dict(), weak.trained_on.to_dict()
         if not force and any(ours[key] != theirs[key] for key in ("kind", "groups", "parameters")):
             raise ValueError(
                 "guidance needs both models on the same path, but the main one was trained on the schedule "
@@ -203,6 +203,28 @@ class Pipeline:
             )
         self.normalization.require_equal(weak.normalization, "the main model", "the weak model")
         self.weak = weak
+
+    def along(self, schedule: Schedule, *, force: bool = False) -> Self:
+        """Sample along `schedule`: any, for a model that was trained on independent times.
+
+        Args:
+            force: go along it even if the model was trained on another path, whose states are not those it meets here.
+
+        Raises:
+            ValueError: the model was trained on another path, or the schedule is of other groups or no path.
+        """
+        if schedule.clocks > 1:
+            raise ValueError("independent times are no path to sample along; choose a schedule")
+        if schedule.names != self.spec.names:
+            raise ValueError(f"the schedule is of the groups {schedule.names}, the model of {self.spec.names}")
+        ours, theirs = self.trained_on.to_dict(), schedule.to_dict()
+        if not force and self.trained_on.clocks == 1 and any(ours[k] != theirs[k] for k in ("kind", "parameters")):
+            raise ValueError(
+                f"the model was trained on the schedule {ours['kind']} {ours['parameters']} and does not know the "
+                "states of another one; only a model of independent times can go along any (or force it)"
+            )
+        self.schedule = schedule.frozen().to(self.device)
+        return self
 
     def compile(self) -> Self:
         """Compile the networks block by block; worth its seconds for many images, on a GPU above all."""
@@ -325,6 +347,8 @@ class Pipeline:
         """Origin, size and schedule, for records, as JSON."""
         known = dict.fromkeys(("run", "recipe", "step", "batch_size", "train_seed", "model_sha256")) | self.origin
         described = known | {"parameters": self.parameters, "schedule": self.schedule.to_dict()}
+        if self.schedule is not self.trained_on:
+            described["trained_on"] = self.trained_on.to_dict()
         return json.loads(json.dumps(described | {"encoders": self.encoders}))  # type: ignore[no-any-return]
 
 

@@ -31,7 +31,7 @@ class ProbeConfig:
     Attributes:
         burn_in: steps before rho enters the average.
         kinetic: lambda of Eq. 38.
-        jacobian: ``"detached"`` (the paper) or ``"exact"``; see `lwd.schedule_objective`.
+        jacobian: ``"detached"`` (the paper), ``"exact"`` or ``"information"``; see `lwd.schedule_objective`.
         degree: M of Eq. 40.
         rho: what rho [M + 1] of every curve starts from; close to the identity by default.
         optimizer: of the temporary denoiser.

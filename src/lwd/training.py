@@ -152,6 +152,8 @@ def train(
 ) -> TrainResult:
     """Train `denoiser` on L_theta along a frozen `schedule`; go on where an interrupted run in `directory` stopped.
 
+    With `IndependentTimes` it is trained on all combinations of local times, to be sampled along any schedule.
+
     A resumed run takes the very steps the uninterrupted one would have taken: batches, noise, times and label dropout
     are functions of (seed, step), and the checkpoint holds everything else. Under torchrun, all processes call it, and
     do the same training as one process would.
@@ -188,7 +190,7 @@ def train(
         latents = {"normalization": data.normalization.to_dict(), "encoders": getattr(data, "encoders", {})}
         write_json(directory / "latents.json", latents | names)
     if heldout is not None:
-        validation = Validation(heldout, schedule)
+        validation = Validation(heldout, schedule.path())
         measures = [*measures, Measure(config.validate_every, lambda net, _: validation.measure(net, job.device))]
     history = run_job(
         job,
@@ -260,7 +262,7 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
         metrics = backward_in_parts(
             self.forward,
-            self.batches.draw(step, config.tau),
+            self.batches.draw(step, config.tau, self.schedule.clocks),
             config.accumulate,
             self.schedule,
             self.data.spec,

@@ -20,8 +20,9 @@ class ModelOptions:
     Args:
         weak: a weak model (run, pipeline or SFD checkpoint), for AutoGuidance.
         weak_step: of the weak model's run.
-        force: guide with a weak model that was trained on another schedule.
-        schedule: for an SFD checkpoint: offset:0.3, synchronous or a schedule file, as it was trained on.
+        force: guide with a weak model that was trained on another schedule, or sample along one that neither was.
+        schedule: to sample along, for a model of independent times: offset:0.3, synchronous, a schedule file, ...; for
+            an SFD checkpoint, what it was trained on.
         latents: for an SFD checkpoint: directory with the statistics of its latents, SFD's or a latent set of ours.
         texture: decoder of the texture latents, if not the one on record: an LDM or VA-VAE checkpoint or a diffusers
             AutoencoderKL; needed for an SFD checkpoint.
@@ -54,10 +55,13 @@ class ModelOptions:
     def _open(self, model: Path, step: int | None) -> Pipeline:
         from lwd.machine import own_device
         from lwd.pipeline import Pipeline
+        from lwd.recipes import make_schedule
 
         where, precision = own_device(self.device), None if self.precision == "auto" else self.precision
         if not model.is_file():
             pipeline = Pipeline.from_pretrained(model, step=step, device=where, precision=precision)
+            if self.schedule is not None:
+                pipeline.along(make_schedule(self.schedule, pipeline.spec.names), force=self.force)
         else:
             if step is not None:
                 raise ValueError(f"{model} is one checkpoint; it has no steps to choose from")
@@ -69,7 +73,6 @@ class ModelOptions:
             from lwd.backbones import LightningDiT
             from lwd.data.foreign import statistics_of
             from lwd.files import sha256_of
-            from lwd.recipes import make_schedule
 
             network = LightningDiT.from_sfd(model)
             pipeline = Pipeline(

@@ -22,6 +22,7 @@ def probe(
     out: Path,
     recipe: str = "embedded",
     kinetic: tuple[float, ...] = (),
+    jacobian: Literal["detached", "exact", "none", "information"] | None = None,
     bisect: bool = False,
     split: bool = False,
     budget: float = 1.0,
@@ -43,6 +44,8 @@ def probe(
         out: directory of the sweep; run the same command again to continue an interrupted one.
         recipe: named experiment; `lwd recipes` lists them.
         kinetic: values of lambda; the recipe's by default.
+        jacobian: the estimator of rho's gradient: detached is the paper's, exact and information are others
+            (docs/training.md); the recipe's by default.
         bisect: narrow down the least stable value between the smallest and the largest of them.
         split: share out the values of lambda over the processes instead of the batch.
         budget: factor on the probe's steps.
@@ -77,6 +80,7 @@ def probe(
         where = own_device(device)
         config = replace(
             chosen.probe,
+            jacobian=jacobian or chosen.probe.jacobian,
             seed=seed,
             compile=default_compile(where) if compile is None else compile,
             precision=default_precision(where),
@@ -141,7 +145,8 @@ def train(
         latents: directory of training latents.
         out: directory of the run.
         recipe: named experiment; `lwd recipes` lists them.
-        schedule: synchronous, cascaded, offset[:delta], shifted:a,b or a schedule file; the recipe's by default.
+        schedule: synchronous, cascaded, offset[:delta], shifted:a,b, independent (for a model that is sampled along
+            any schedule) or a schedule file; the recipe's by default.
         heldout: latents that are not trained on (`lwd encode --like`), to measure a loss on that compares schedules.
         budget: factor on the training steps.
         accumulate: parts that each process computes its share of the batch in; 2 halves the activations' memory.
@@ -204,7 +209,7 @@ def train(
         measures = []
         if interval and (decode := _decoder(data)) is not None:
             shape = (data.spec.channels, chosen.backbone.input_size, chosen.backbone.input_size)
-            drawn = path.frozen().to(where)
+            drawn = path.path().frozen().to(where)
             sheets = SampleSheets(out, drawn, decode, shape, chosen.backbone.num_classes, where)
             measures.append(Measure(interval, sheets.draw))
         run_training(

@@ -18,6 +18,7 @@ from lwd.recipes.base import ITERATIONS_PER_EPOCH, PAPER_SWEEP, RECIPES, Publish
 from lwd.recipes.listing import table
 from lwd.schedules import (
     CascadedSchedule,
+    IndependentTimes,
     OffsetSchedule,
     Schedule,
     ShiftedSchedule,
@@ -47,8 +48,8 @@ def get_recipe(name: str) -> Recipe:
 
 
 def make_schedule(text: str, names: Sequence[str]) -> Schedule:
-    """A schedule from the command line: ``synchronous``, ``cascaded``, ``offset``, ``offset:0.5``, ``shifted:1,3``, or
-    the path of a schedule file."""
+    """A schedule from the command line: ``synchronous``, ``cascaded``, ``offset``, ``offset:0.5``, ``shifted:1,3``,
+    ``independent``, or the path of a schedule file."""
     kind, _, argument = text.partition(":")
     groups = len(names)
     try:
@@ -57,6 +58,8 @@ def make_schedule(text: str, names: Sequence[str]) -> Schedule:
                 return SynchronousSchedule(groups, names)
             case "cascaded" if not argument:
                 return CascadedSchedule(groups, names)
+            case "independent" if not argument:
+                return IndependentTimes(groups, names)
             case "offset":
                 return OffsetSchedule(float(argument or 0.3), groups, names)
             case "shifted":
@@ -65,6 +68,7 @@ def make_schedule(text: str, names: Sequence[str]) -> Schedule:
         raise ValueError(f"schedule {text!r}: {error}") from error
     if not Path(text).exists():
         raise ValueError(
-            f"no schedule {text!r}: give synchronous, cascaded, offset[:delta], shifted:a,b or a schedule file"
+            f"no schedule {text!r}: give synchronous, cascaded, offset[:delta], shifted:a,b, independent or a schedule "
+            "file"
         )
     return load_schedule(text, names)

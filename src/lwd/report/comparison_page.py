@@ -207,9 +207,8 @@ def _schedules(found: Collected) -> str:
 
     def add(label: str, schedule: Mapping[str, Any]) -> None:
         same = (schedule["kind"], schedule["groups"], schedule["parameters"])
-        if len(schedule["groups"]) > 1 and same not in [
-            (s["kind"], s["groups"], s["parameters"]) for s in curves.values()
-        ]:
+        path = len(schedule["groups"]) > 1 and schedule["kind"] != "independent"
+        if path and same not in [(s["kind"], s["groups"], s["parameters"]) for s in curves.values()]:
             curves[label if label not in curves else f"{label} ({len(curves)})"] = schedule
 
     for run in found.runs:

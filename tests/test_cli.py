@@ -193,6 +193,40 @@ def test_independent_times_are_sampled_along_a_schedule(workspace, capsys):
     )
 
 
+def test_the_best_path_of_a_model_of_independent_times(workspace, capsys):
+    train(
+        workspace,
+        "free",
+        "--schedule",
+        "independent",
+        "--heldout",
+        f"{workspace}/latents/heldout",
+        "--validate-every",
+        "64",
+    )
+    command = ["path", "--run", f"{workspace}/free", "--latents", f"{workspace}/latents/heldout", "--out"]
+    command += [f"{workspace}/path", "--points", "3", "--images", "20"]
+    cli.main([*command, "--kinetic", "0.02"])
+    first = load_schedule(workspace / "path/schedule.json", ("texture", "semantic"))
+    assert first.kind == "monotone_cubic"
+    described = json.loads((workspace / "path/path.json").read_text())
+    assert described["costs"]["this"] <= min(described["costs"].values()) * 1.001
+    assert first.provenance["path"]["kinetic"] == 0.02
+    width, height = Image.open(workspace / "path/surface.png").size
+    assert min(width, height) > 500
+    measured = (workspace / "path/surface.safetensors").stat().st_mtime_ns
+    cli.main([*command, "--kinetic", "1000", "--degree", "4"])
+    second = load_schedule(workspace / "path/schedule.json")
+    assert (second.kind, second.degree) == ("polynomial", 4)
+    assert (workspace / "path/surface.safetensors").stat().st_mtime_ns == measured
+    train(workspace, "along the path", "--schedule", f"{workspace}/path/schedule.json")
+    command[-1] = "30"
+    assert "was measured otherwise; choose another --out. images" in fails(capsys, *command)
+    train(workspace, "bound", "--schedule", "synchronous")
+    command[2] = f"{workspace}/bound"
+    assert "was trained along one path, the synchronous one" in fails(capsys, *command)
+
+
 def test_recipes_lists_steps_and_summaries(capsys):
     cli.main(["recipes"])
     out = capsys.readouterr().out

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lwd.interpolant import global_velocity, interpolate, target_velocity
     from lwd.latents import IMAGENET_SPEC, Group, LatentSpec, Normalization
     from lwd.objective import DenoiserTerms, ScheduleTerms, denoiser_objective, sample_tau, schedule_objective
+    from lwd.paths import best_path, best_polynomial
     from lwd.pipeline import Pipeline, PipelineOutput
     from lwd.placement import KineticDensity, kinetic_density, place_steps
     from lwd.probe import LearnedSchedule, ProbeConfig, learn_schedule
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         SynchronousSchedule,
         load_schedule,
     )
+    from lwd.surface import ErrorSurface, measure_surface
     from lwd.sweep import Sweep, bisect_kinetic, sweep_kinetic
     from lwd.training import OptimizerConfig, TrainConfig, TrainResult, train
 
@@ -40,6 +42,7 @@ _HOMES = {
     "lwd.interpolant": ("global_velocity", "interpolate", "target_velocity"),
     "lwd.latents": ("IMAGENET_SPEC", "Group", "LatentSpec", "Normalization"),
     "lwd.objective": ("DenoiserTerms", "ScheduleTerms", "denoiser_objective", "sample_tau", "schedule_objective"),
+    "lwd.paths": ("best_path", "best_polynomial"),
     "lwd.pipeline": ("Pipeline", "PipelineOutput"),
     "lwd.placement": ("KineticDensity", "kinetic_density", "place_steps"),
     "lwd.probe": ("LearnedSchedule", "ProbeConfig", "learn_schedule"),
@@ -57,6 +60,7 @@ _HOMES = {
         "SynchronousSchedule",
         "load_schedule",
     ),
+    "lwd.surface": ("ErrorSurface", "measure_surface"),
     "lwd.sweep": ("Sweep", "bisect_kinetic", "sweep_kinetic"),
     "lwd.training": ("OptimizerConfig", "TrainConfig", "TrainResult", "train"),
 }
@@ -69,6 +73,7 @@ __all__ = [
     "CascadedSchedule",
     "ClassifierFreeGuidance",
     "DenoiserTerms",
+    "ErrorSurface",
     "Group",
     "IndependentTimes",
     "KineticDensity",
@@ -95,6 +100,8 @@ __all__ = [
     "SynchronousSchedule",
     "TrainConfig",
     "TrainResult",
+    "best_path",
+    "best_polynomial",
     "bisect_kinetic",
     "denoiser_objective",
     "global_velocity",
@@ -103,6 +110,7 @@ __all__ = [
     "learn_schedule",
     "lightningdit_config",
     "load_schedule",
+    "measure_surface",
     "place_steps",
     "sample",
     "sample_tau",

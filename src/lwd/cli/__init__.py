@@ -9,6 +9,7 @@ from pathlib import Path
 # Nothing heavy is imported here: `lwd --help` must not wait for torch.
 from lwd.cli.encode import encode, semvae
 from lwd.cli.evaluate import evaluate
+from lwd.cli.path import path
 from lwd.cli.report import report
 from lwd.cli.sample import sample
 from lwd.cli.train import probe, train
@@ -47,7 +48,8 @@ def recipes() -> None:
 
 
 COMMANDS: dict[str, Callable[..., None]] = {
-    function.__name__: function for function in (demo, encode, semvae, probe, train, sample, evaluate, report, recipes)
+    function.__name__: function
+    for function in (demo, encode, semvae, probe, path, train, sample, evaluate, report, recipes)
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from experiments.sets import ENCODERS
-from experiments.tasks import PROBES, Probe, Score, Task, Training
+from experiments.tasks import PROBES, Probe, Score, Surface, Task, Training
 
 KINETICS = (0.0, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.16)
 """From collapse to nearly synchronous; the demo's recipe, and the paper's sweep, lie within."""
@@ -19,6 +19,7 @@ OFFSETS = ("offset:0.15", "offset:0.3", "offset:0.6")
 FIXED = ("synchronous", "cascaded", "shifted:1,3")
 EVALUATIONS = (6, 8, 12)
 GUIDED = (1.5,)
+PATHS = ("path/information:0", "path/information:0.02", "path/uniform:0.02")
 
 Plan = Callable[[str, int], Iterator[Task]]
 
@@ -60,15 +61,28 @@ def oracle(data: str, seed: int) -> Iterator[Task]:
         yield from _scored(Training(data, "middle", seed, f"learned:{kinetic:g}"), brief=True)
 
 
+def independent(data: str, seed: int) -> Iterator[Task]:
+    """One model of independent times, sampled along several schedules (Diffusion Forcing)."""
+    yield Surface(data, "middle", seed)
+    score = Score(data, "middle", seed, Training(data, "middle", seed, "independent"))
+    for along in ("synchronous", f"learned:{LEARNED:g}", "offset:0.3", "cascaded", *PATHS):
+        yield replace(score, along=along)
+        yield replace(score, along=along, scale=GUIDED)
+
+
+def objectives(data: str, seed: int) -> Iterator[Task]:
+    """Models trained along the curves of other estimators, and of the best paths."""
+    for schedule in (*PATHS, *(f"learned/{variant}:{LEARNED:g}" for variant in ("exact", "information"))):
+        yield from _scored(Training(data, "middle", seed, schedule), brief=True)
+
+
 def ablations(data: str, seed: int) -> Iterator[Task]:
-    """What makes the difference: correction, cosine term, estimator, curve of another encoder."""
+    """What makes the difference: the correction, the cosine term."""
     learned = Training(data, "middle", seed, f"learned:{LEARNED:g}")
     yield from _scored(replace(learned, variant="uncorrected"), brief=True)
     yield from _scored(replace(learned, variant="no-cosine"), brief=True)
     yield from _scored(Training(data, "middle", seed, "synchronous", "no-cosine"), brief=True)
     yield from _scored(Training(data, "middle", seed, "offset:0.3"), brief=True)
-    for schedule in ("learned/exact:0.02", "learned/information:0.02"):
-        yield from _scored(Training(data, "middle", seed, schedule), brief=True)
 
 
 def transfer(data: str, seed: int) -> Iterator[Task]:
@@ -93,7 +107,7 @@ def guidance(data: str, seed: int) -> Iterator[Task]:
 
 PLANS: dict[str, Plan] = {
     plan.__name__: plan
-    for plan in (lambdas, encoders, quality, probes, oracle, ablations, guidance, transfer)
+    for plan in (lambdas, encoders, quality, probes, oracle, independent, objectives, ablations, guidance, transfer)
 }  # fmt: skip
 
 

@@ -110,9 +110,11 @@ def describe(task: Task) -> str:
 
 
 def _task(text: str) -> Task:
-    from experiments.tasks import Probe, Score, Training
+    from experiments.tasks import Probe, Score, Surface, Training
 
-    task: Task = eval(text, {"Probe": Probe, "Training": Training, "Score": Score})  # written by `_process`
+    task: Task = eval(
+        text, {"Probe": Probe, "Training": Training, "Surface": Surface, "Score": Score}
+    )  # written by `_process`
     return task
 
 

@@ -1,4 +1,4 @@
-"""The three kinds of work that plans are made of: a probe, a training, a set of images scored.
+"""The four kinds of work that plans are made of: a probe, a training, an error surface, a set of images scored.
 
 A task is a value: equal tasks are one, whichever plan names them, and its file says whether it is done. `run` does it,
 going on where an interrupted one stopped; what it needs is in `needs`.
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -21,11 +21,13 @@ from lwd.data import LatentDataset, TensorLatents
 from lwd.files import read_json, write_json
 from lwd.generation import SampleConfig, draw_images
 from lwd.machine import default_precision, describe_machine, describe_versions, pick_device
+from lwd.paths import best_path, best_polynomial
 from lwd.pipeline import Pipeline
 from lwd.probe import learn_schedule
 from lwd.recipes import Recipe, make_schedule
 from lwd.runs import initial_denoiser, write_run_config
-from lwd.schedules import PolynomialSchedule, Schedule, load_schedule
+from lwd.schedules import PolynomialSchedule, Schedule, load_schedule, schedule_from_dict
+from lwd.surface import Weights, measure_surface
 from lwd.training import OptimizerConfig, train
 
 PROBES: dict[str, dict[str, Any]] = {
@@ -57,6 +59,12 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "no-cosine": {"cosine": 0.0},
 }
 """What differs from the recipe's training, by name."""
+
+
+SURFACE_POINTS, SURFACE_IMAGES = 17, 256
+PATH_KINETICS = (0.0, 0.005, 0.02, 0.04, 0.08, 0.16)
+COMPARED = ("synchronous", "offset:0.3", "cascaded", "mix:0.25", "mix:0.5", "mix:0.75", "mix:1")
+"""Curves whose costs on a surface are put down beside those of the best paths."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +143,8 @@ class Training(Arm):
     Attributes:
         schedule: ``synchronous``, ``offset:0.3``, ...; ``learned:0.04`` for the paper's probe with this seed and
             lambda, ``learned/VARIANT:0.04`` for another one, ``learned@ENCODER:0.04`` for the curve of another
-            encoder's latents; ``mix:A`` for (1 - A) tau + A tau^5.
+            encoder's latents; ``path/WEIGHTS:0.04`` for the best path through the errors of this seed's denoiser of
+            independent times; ``mix:A`` for (1 - A) tau + A tau^5.
         weak: the small network of AutoGuidance in place of the main one.
     """
 
@@ -161,8 +170,12 @@ class Training(Arm):
         return Probe(self.data, encoder or self.encoder, self.seed, float(kinetic), variant)
 
     @property
+    def surface(self) -> Surface | None:
+        return Surface(*_arm(self)) if self.schedule.startswith("path/") else None
+
+    @property
     def needs(self) -> tuple[Task, ...]:
-        return () if self.probe is None else (self.probe,)
+        return tuple(source for source in (self.probe, self.surface) if source is not None)
 
     def seconds(self, budget: float) -> float:
         steps = self.set.steps * budget
@@ -183,7 +196,60 @@ class Training(Arm):
     def curve(self, places: Places, names: Sequence[str]) -> Schedule:
         if self.probe is not None:
             return self.probe.schedule(places)
+        if self.surface is not None:
+            kind, _, kinetic = self.schedule.partition(":")
+            return self.surface.schedule(places, kind.partition("/")[2], float(kinetic))
         return named_schedule(self.schedule, names)
+
+
+@dataclass(frozen=True)
+class Surface(Arm):
+    """The errors of a denoiser of independent times on held-out latents, and the best paths through them."""
+
+    def folder(self, places: Places) -> Path:
+        return places.out / "surfaces" / self.data / self.encoder / f"seed-{self.seed}"
+
+    def file(self, places: Places) -> Path:
+        return self.folder(places) / "result.json"
+
+    @property
+    def needs(self) -> tuple[Task, ...]:
+        return (self._trained,)
+
+    @property
+    def _trained(self) -> Training:
+        return Training(*_arm(self), "independent")
+
+    def seconds(self, budget: float) -> float:
+        return SURFACE_POINTS**2 * SURFACE_IMAGES * min(budget, 1.0) * self.cost.evaluation
+
+    def run(self, places: Places, budget: float) -> None:
+        start, device = time.perf_counter(), pick_device()
+        pipeline = Pipeline.from_pretrained(self._trained.folder(places), device=device)
+        heldout = _latents(places.latents(self.set, self.encoder, "heldout"))
+        points, images = (17, SURFACE_IMAGES) if budget >= 0.5 else (3, 20)
+        surface = measure_surface(pipeline.denoiser, heldout, points=points, images=images, device=device)
+        surface.save(self.folder(places) / "surface.safetensors")
+        paths = []
+        for weights in get_args(Weights):
+            for kinetic in PATH_KINETICS:
+                curves = {
+                    "path": best_path(surface, kinetic=kinetic, weights=weights),
+                    "polynomial": best_polynomial(surface, kinetic=kinetic, weights=weights, steps=400),
+                    **{name: named_schedule(name, surface.spec.names) for name in COMPARED},
+                }
+                for name, curve in curves.items():
+                    cost = float(surface.cost(curve.double().frozen(), kinetic=kinetic, weights=weights, points=2048))
+                    said = {"curve": name, "weights": weights, "kinetic": kinetic, "cost": cost}
+                    paths.append(said | ({"schedule": curve.to_dict()} if name in ("path", "polynomial") else {}))
+        write_record(self, self.file(places), start, images=images, points=points, paths=paths)
+
+    def schedule(self, places: Places, weights: str, kinetic: float) -> Schedule:
+        """The best path that was found for these weights and this lambda; ValueError when it was not asked for."""
+        for path in read_json(self.file(places))["paths"]:
+            if (path["curve"], path["weights"], path["kinetic"]) == ("path", weights, kinetic):
+                return schedule_from_dict(path["schedule"])
+        raise ValueError(f"no best path was sought for the weights {weights!r} and lambda = {kinetic:g}")
 
 
 @dataclass(frozen=True)
@@ -223,8 +289,8 @@ class Score(Arm):
 
     @property
     def needs(self) -> tuple[Task, ...]:
-        sources = [self.training, self.weak, Training(*_arm(self), self.along).probe if self.along else None]
-        return tuple(source for source in sources if source is not None)
+        ahead = Training(*_arm(self), self.along).needs if self.along else ()
+        return (self.training, *([self.weak] if self.weak else []), *ahead)
 
     def seconds(self, budget: float) -> float:
         factor = 1 + (1.0 if self.free else 0.2) * bool(self.scale)
@@ -246,8 +312,7 @@ class Score(Arm):
             pipeline.add_weak(weak)
         if self.along:
             curve = Training(*_arm(self), self.along).curve(places, pipeline.schedule.names)
-            for each in filter(None, (pipeline, pipeline.weak)):
-                each.schedule = curve.frozen().to(device)
+            pipeline.along(curve)
         how = SampleConfig(
             solver="ab3", steps=self.steps, spacing="cosine", scale=self.scale or (1.0,), interval=self.interval,
             scale_times=self.scale_times, seed=self.seed,
@@ -266,7 +331,7 @@ class Score(Arm):
         )  # fmt: skip
 
 
-Task = Probe | Training | Score
+Task = Probe | Training | Surface | Score
 
 
 def _arm(task: Arm) -> tuple[str, str, int]:

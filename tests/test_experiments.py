@@ -15,7 +15,7 @@ from experiments.collect import Evidence, Spread
 from experiments.images import Origin, Picture, held_out
 from experiments.plans import PLANS, planned
 from experiments.sets import SETS, Places
-from experiments.tasks import Probe, Score, Training, named_schedule
+from experiments.tasks import Probe, Score, Surface, Training, named_schedule
 from lwd.data.embedded import CLASS_NAMES, load_embedded_images
 from lwd.probe import delay
 from lwd.report.collect import collect as collect_for_report
@@ -77,7 +77,12 @@ def test_plans_name_every_task_once_and_after_what_it_needs():
     assert all(task.seconds(1.0) > 0 for task in tasks)
     arm = Training(DATA, "weak", 0, "learned@middle:0.02")
     assert arm.probe == Probe(DATA, "middle", 0, 0.02)
+    assert Training(DATA, "weak", 0, "path/uniform:0.02").needs == (Surface(DATA, "weak", 0),)
     assert Training(DATA, "weak", 0, "learned/exact:0.02").probe == Probe(DATA, "weak", 0, 0.02, "exact")
+
+
+def with_needs(task):
+    return [*(needed for each in task.needs for needed in with_needs(each)), task]
 
 
 def test_from_tasks_to_the_page(places, tmp_path, monkeypatch, capsys):
@@ -90,10 +95,11 @@ def test_from_tasks_to_the_page(places, tmp_path, monkeypatch, capsys):
         Score(DATA, "middle", 0, synchronous), replace(score, part=0.5), replace(score, scale=(2.0,), free=True),
         replace(score, scale=(2.0,), interval=(0.25, 0.75)), score,
         Score(DATA, "middle", 0, Training(DATA, "middle", 0, "mix:0.5")),
+        Score(DATA, "middle", 0, Training(DATA, "middle", 0, "independent"), along="path/uniform:0.02", scale=(1.5,)),
     ]  # fmt: skip
     tasks = {}
     for task in wanted:
-        tasks |= dict.fromkeys([*(n for need in task.needs for n in (*need.needs, need)), task])
+        tasks |= dict.fromkeys(with_needs(task))
     for task in tasks:
         task.run(places, BUDGET)
         assert task.file(places).exists()
@@ -126,7 +132,7 @@ def test_from_tasks_to_the_page(places, tmp_path, monkeypatch, capsys):
     assert "| AutoGuidance, w = 2, t in [0.25, 0.75] |" in text
     assert "| real training images |" in text
     # What is kept is what `lwd report` reads.
-    assert len(collect_for_report([kept]).results) == 6
+    assert len(collect_for_report([kept]).results) == 7
 
 
 def test_spread():

@@ -2,8 +2,9 @@
 
     python -m experiments.collect
 
-``docs/results/evidence/`` gets, for each set of images, ``probes-NAME.json`` and ``evaluations-NAME.json``. The latter
-is what `lwd report` reads; each of its entries says in ``arm`` which task it comes from.
+``docs/results/evidence/`` gets, for each set of images, ``probes-NAME.json``, ``surfaces-NAME.json`` and
+``evaluations-NAME.json``. The last is what `lwd report` reads; each of its entries says in ``arm`` which task it comes
+from.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from typing import Any, TypeVar
 from experiments.images import DEFAULT_OUT
 from experiments.sets import SETS, Places
 from lwd.files import read_json, write_atomically
+from lwd.surface import ErrorSurface
 
 KEPT = Path("docs/results/evidence")
 PROBE = "lwd-experiments-probes/1"
+SURFACES = "lwd-experiments-surfaces/1"
 EVALUATIONS = "lwd-evaluations/1"
 Row = dict[str, Any]
 K = TypeVar("K", bound=Hashable)
@@ -60,9 +63,13 @@ def collect(places: Places, kept: Path = KEPT) -> list[Path]:
     for name in SETS:
         probes = [_probe(read_json(file)) for file in sorted((places.out / "probes" / name).rglob("result.json"))]
         scores = [read_json(file) for file in sorted((places.out / "trainings" / name).rglob("scores/*.json"))]
+        surfaces = [_surface(file) for file in sorted((places.out / "surfaces" / name).rglob("result.json"))]
         floor = places.out / "judges" / name / "floor.json"
         if probes:
             written.append(_write(kept / f"probes-{name}.json", {"format": PROBE, "probes": probes}, "probes"))
+        if surfaces:
+            kept_of = {"format": SURFACES, "surfaces": surfaces}
+            written.append(_write(kept / f"surfaces-{name}.json", kept_of, "surfaces"))
         if scores:
             about = {"format": EVALUATIONS, "floor": read_json(floor), "results": [_score(s) for s in scores]}
             written.append(_write(kept / f"evaluations-{name}.json", about, "results"))
@@ -75,6 +82,24 @@ def _probe(found: Row) -> Row:
     history = [[line["step"], round(line["delay"], 4)] for line in found["history"]]
     kept = ("data", "encoder", "seed", "kinetic", "variant", "delay", "collapsed", "steps", "burn_in", "seconds")
     return {key: found[key] for key in kept} | {"schedule": schedule, "delay_by_step": history} | _origin(found)
+
+
+def _surface(file: Path) -> Row:
+    """A surface, its numbers to four digits, and what curves cost on it."""
+    found, surface = read_json(file), ErrorSurface.load(file.with_name("surface.safetensors"))
+    paths = []
+    for path in found["paths"]:
+        schedule = (
+            {key: path["schedule"][key] for key in ("kind", "groups", "parameters")} if "schedule" in path else None
+        )
+        paths.append(path | {"cost": round(path["cost"], 6), "schedule": schedule})
+    numbers = {
+        name: json.loads(json.dumps(getattr(surface, name).tolist()), parse_float=lambda x: float(f"{float(x):.4g}"))
+        for name in ("times", "errors", "speeds")
+    }
+    kept = ("data", "encoder", "seed", "seconds", "images", "points")
+    about = {key: found[key] for key in kept} | {"groups": surface.spec.to_dict()}
+    return about | numbers | {"paths": paths} | _origin(found)
 
 
 def _score(found: Row) -> Row:
@@ -116,12 +141,14 @@ class Evidence:
     Attributes:
         probes: rows of `_probe`.
         scores: rows of arm and metrics.
+        surfaces: rows of `_surface`.
         floors: metrics of real training images, by set.
     """
 
     probes: list[Row]
     scores: list[Row]
     floors: dict[str, Row]
+    surfaces: list[Row]
 
     @classmethod
     def load(cls, kept: Path = KEPT) -> Evidence:
@@ -129,13 +156,14 @@ class Evidence:
         probes, scores, floors = list[Row](), list[Row](), dict[str, Row]()
         for file in sorted(kept.glob("probes-*.json")):
             probes += read_json(file)["probes"]
+        surfaces = [row for file in sorted(kept.glob("surfaces-*.json")) for row in read_json(file)["surfaces"]]
         for file in sorted(kept.glob("evaluations-*.json")):
             data = read_json(file)
             floors[file.stem.removeprefix("evaluations-")] = data["floor"]
             scores += [_flat(result) for result in data["results"]]
         if not probes and not scores:
             raise FileNotFoundError(f"nothing is in {kept}: run `python -m experiments.collect` after some experiments")
-        return cls(probes, scores, floors)
+        return cls(probes, scores, floors, surfaces)
 
     def sets(self) -> list[str]:
         """The sets of images there are results of, in the usual order."""
@@ -148,14 +176,17 @@ class Evidence:
     def some_scores(self, **wanted: Any) -> list[Row]:
         """Scores at 20 evaluations without guidance at the end of training, where nothing else is asked for."""
         usual = {
-            "encoder": "middle", "steps": 20, "scale": (), "interval": (), "scale_times": (), "part": 1.0, "along": "",
-            "free": False,
+            "encoder": "middle", "steps": 20, "part": 1.0, "scale": (), "interval": (), "scale_times": (), "free": False
         }  # fmt: skip
         return _matching(self.scores, usual | wanted)
 
 
 def _flat(result: Row) -> Row:
-    arm = {key: tuple(value) if isinstance(value, list) else value for key, value in result["arm"].items()}
+    """One row; what was sampled along another schedule is an arm of its own."""
+    arm: Row = {key: tuple(value) if isinstance(value, list) else value for key, value in result["arm"].items()}
+    along = arm.pop("along")
+    if along:
+        arm["schedule"] = f"{arm['schedule']} along {along}"
     return arm | result["metrics"]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -13,11 +13,15 @@ from experiments.collect import Evidence, Row, spread
 from experiments.plans import EVALUATIONS, LEARNED
 from experiments.sets import ENCODERS
 from lwd.files import write_atomically
+from lwd.latents import LatentSpec
+from lwd.paths import best_path
 from lwd.probe import COLLAPSE_DELAY
 from lwd.recipes import make_schedule
 from lwd.report.figures import INK, MUTED, PAPER, STYLE
 from lwd.report.style import ink
+from lwd.report.surfaces import paint_surface
 from lwd.schedules import Schedule, schedule_from_dict
+from lwd.surface import ErrorSurface, Weights
 
 ENCODER_COLOURS = dict(zip(ENCODERS, (ink("synchronous"), ink("learned"), ink("autoguidance")), strict=True))
 ARMS: dict[tuple[str, str], tuple[str, str, str]] = {
@@ -39,7 +43,7 @@ def draw(evidence: Evidence, folder: Path) -> list[Path]:
 
     made = []
     with matplotlib.rc_context(STYLE):
-        for figure in (lambdas, probes, quality, oracle):
+        for figure in (lambdas, probes, quality, oracle, surfaces):
             drawn = figure(evidence)
             if drawn is not None:
                 path = folder / f"{figure.__name__}.png"
@@ -177,6 +181,28 @@ def oracle(evidence: Evidence) -> Any:
     return figure
 
 
+def surfaces(evidence: Evidence) -> Any:
+    """Where it pays to pass below or above, by the errors of one denoiser of independent times, mean over the seeds."""
+    rows = [row for row in evidence.surfaces if row["encoder"] == "middle"]
+    names = list(dict.fromkeys(row["data"] for row in rows))
+    if not names:
+        return None
+    figure, axes = _figure(len(names), 2, height=4.6)
+    for line, name in zip(axes, names, strict=True):
+        mine = [row for row in rows if row["data"] == name]
+        mean = {
+            key: torch.tensor([row[key] for row in mine], dtype=torch.float64).mean(dim=0)
+            for key in ("errors", "speeds")
+        }
+        times = torch.linspace(0, 1, mine[0]["points"], dtype=torch.float64)
+        surface = ErrorSurface(LatentSpec.from_dict(mine[0]["groups"]), times, mean["errors"], mean["speeds"])
+        for plot, weights in zip(line, get_args(Weights), strict=True):
+            paths = {f"λ = {k:g}": best_path(surface, kinetic=k, weights=weights) for k in (0.02, 0.0, 0.08)}
+            paint_surface(figure, plot, surface, paths, weights)
+            plot.set_title(f"{name}, weights {weights}", loc="left", color=INK)
+    return figure
+
+
 def curve_of(row: Row) -> Schedule:
     """The schedule that a probe's row holds."""
     return schedule_from_dict({"format": "lwd-schedule/1", **row["schedule"]}).frozen()
@@ -185,7 +211,7 @@ def curve_of(row: Row) -> Schedule:
 def delay_of(schedule: Schedule) -> float:
     """The area between diagonal and path in the square of local times, as a share of that of tau^5: for curves of the
     paper's family the same as `lwd.probe.delay`."""
-    t = schedule(torch.linspace(0, 1, 4001, dtype=torch.float64)).t
+    t = schedule.double()(torch.linspace(0, 1, 4001, dtype=torch.float64)).t
     area = float(torch.trapezoid(t[:, 0], t[:, 1]))
     return (0.5 - area) / (0.5 - 1 / 6)
 

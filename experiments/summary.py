@@ -36,10 +36,13 @@ def arm(row: Row) -> tuple[str, str]:
 
 def arm_name(schedule: str, variant: str) -> str:
     """What a table calls an arm: ``learned, λ 0.02``, ``offset 0.3, uncorrected`` ..."""
+    if " along " in schedule:
+        first, _, second = schedule.partition(" along ")
+        return f"{arm_name(first, variant)} times, along {arm_name(second, '')}"
     kind, _, value = schedule.partition(":")
     kind = kind.replace("@", " from the latents called ").replace("learned/", "learned by ")
-    kind = {"mix": "mixture"}.get(kind, kind)
-    value = f", λ {value}" if kind.startswith("learned") or kind == "path" else f" {value}"
+    kind = {"mix": "mixture"}.get(kind, kind).replace("path/", "best path, weights ")
+    value = f", λ {value}" if kind.startswith(("learned", "best path")) else f" {value}"
     return f"{kind}{value}".strip() + (f", {variant}" if variant else "")
 
 
@@ -97,7 +100,7 @@ def main_arm(row: Row) -> bool:
     """Whether a row belongs to the comparison of Tables 1 and 2."""
     fixed = row["schedule"] in ("synchronous", "cascaded", "shifted:1,3") and not row["variant"]
     offset = row["schedule"].startswith("offset") and row["variant"] == "uncorrected"
-    return arm(row) == LEARNED_ARM or fixed or offset or row["schedule"] == "independent"
+    return arm(row) == LEARNED_ARM or fixed or offset
 
 
 def _all_metrics(rows: Sequence[Row], floor: Row) -> str:
@@ -232,8 +235,34 @@ def settled(row: Row, within: float) -> float:
     return last
 
 
+def paths(evidence: Evidence) -> str:
+    """What curves cost on the error surface, less than or beyond the synchronous one, and the delay of the best."""
+    parts = []
+    for name in evidence.sets():
+        rows = [row for row in evidence.surfaces if row["data"] == name and row["encoder"] == "middle"]
+        lines = []
+        if not rows:
+            continue
+        asked = dict.fromkeys((path["weights"], path["kinetic"]) for path in rows[0]["paths"])
+        curves = [c for c in dict.fromkeys(path["curve"] for path in rows[0]["paths"]) if c != "synchronous"]
+        for weights, kinetic in asked:
+            costs, delays = dict[str, list[float]](), list[float]()
+            for row in rows:
+                mine = [p for p in row["paths"] if (p["weights"], p["kinetic"]) == (weights, kinetic)]
+                zero = next(p["cost"] for p in mine if p["curve"] == "synchronous")
+                for path in mine:
+                    costs.setdefault(path["curve"], []).append(1000 * (path["cost"] - zero))
+                    if path["curve"] == "path":
+                        delays.append(figures.delay_of(figures.curve_of(path)))
+            cells = [Spread(tuple(costs[curve])).text(1) for curve in curves]
+            lines.append([weights, f"{kinetic:g}", Spread(tuple(delays)).text(2), *cells])
+        shown = [{"path": "best path", "polynomial": "best of the family"}.get(c, c) for c in curves]
+        parts.append(markdown([f"{name}: weights", "λ", "delay of the best path", *shown], lines))
+    return "\n\n".join(parts)
+
+
 TABLES: dict[str, Table] = {
-    table.__name__: table for table in (lambdas, probes, quality, evaluations, others, guidance, cost)
+    table.__name__: table for table in (lambdas, probes, quality, evaluations, others, paths, guidance, cost)
 }
 
 

@@ -95,7 +95,7 @@ def test_from_tasks_to_the_page(places, tmp_path, monkeypatch, capsys):
         Score(DATA, "middle", 0, synchronous), replace(score, part=0.5), replace(score, scale=(2.0,), free=True),
         replace(score, scale=(2.0,), interval=(0.25, 0.75)), score,
         Score(DATA, "middle", 0, Training(DATA, "middle", 0, "mix:0.5")),
-        Score(DATA, "middle", 0, Training(DATA, "middle", 0, "independent"), along="path/uniform:0.02", scale=(1.5,)),
+        Score(DATA, "middle", 0, Training(DATA, "middle", 0, "independent"), along="path/uniform:0.02"),
     ]  # fmt: skip
     tasks = {}
     for task in wanted:
@@ -108,14 +108,17 @@ def test_from_tasks_to_the_page(places, tmp_path, monkeypatch, capsys):
     assert runner.run()
 
     kept, page = tmp_path / "kept", tmp_path / "page.md"
-    names = ["lambdas", "probes", "quality", "evaluations", "others", "guidance", "cost"]
+    names = ["lambdas", "probes", "quality", "evaluations", "others", "paths", "guidance", "cost"]
     page.write_text("".join(f"<!-- table {name} -->\noutdated\n<!-- end -->\n" for name in names), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["collect", "--out", str(places.out), "--kept", str(kept)])
     collect.main()
     monkeypatch.setattr(sys, "argv", ["summary", "--kept", str(kept), "--page", str(page)])
     summary.main()
     drawn = capsys.readouterr().out.split()
-    assert all((kept / f"{name}.png").stat().st_size > 10_000 for name in ("lambdas", "probes", "quality", "oracle"))
+    assert all(
+        (kept / f"{name}.png").stat().st_size > 10_000
+        for name in ("lambdas", "probes", "quality", "oracle", "surfaces")
+    )
     assert str(kept / "oracle.png") in drawn
 
     evidence = Evidence.load(kept)
@@ -131,6 +134,8 @@ def test_from_tasks_to_the_page(places, tmp_path, monkeypatch, capsys):
     assert "| CFG, w = 2 |" in text
     assert "| AutoGuidance, w = 2, t in [0.25, 0.75] |" in text
     assert "| real training images |" in text
+    assert "| independent times, along best path, weights uniform, λ 0.02 |" in text
+    assert "| information | 0.02 |" in text
     # What is kept is what `lwd report` reads.
     assert len(collect_for_report([kept]).results) == 7
 

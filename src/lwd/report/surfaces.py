@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from lwd.report.style import ink
 from lwd.schedules import Schedule
 from lwd.surface import ErrorSurface, Weights
 
-_LINES = (("learned", "-"), ("synchronous", "--"), ("offset", ":"), ("autoguidance", "-."))
+_LINES = ("--", ":", "-.")
 
 
 def circulation(surface: ErrorSurface, weights: Weights, points: int = 96) -> Tensor:
@@ -49,29 +50,35 @@ def draw_surface(surface: ErrorSurface, paths: Mapping[str, Schedule], path: Pat
     """
     try:
         import matplotlib
-        from matplotlib.colors import LinearSegmentedColormap
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('figures need matplotlib: pip install "lwd[demo]"') from error
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 6.2), layout="constrained", facecolor=PAPER)
+        paint_surface(figure, figure.subplots(), surface, paths, weights)
+        return write_atomically(path, partial(figure.savefig, format="png", dpi=110))
+
+
+def paint_surface(
+    figure: Any, axes: Any, surface: ErrorSurface, paths: Mapping[str, Schedule], weights: Weights
+) -> None:
+    """`draw_surface` on axes of matplotlib."""
+    from matplotlib.colors import LinearSegmentedColormap
+
     found = circulation(surface, weights)
     bound = float(found.abs().quantile(0.98)) or 1.0
     colours = LinearSegmentedColormap.from_list("sides", [ink("learned"), PAPER, ink("offset")])
     first, last = surface.spec.names
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 6.2), layout="constrained", facecolor=PAPER)
-        axes = figure.subplots()
-        image = axes.imshow(
-            found, origin="lower", extent=(0, 1, 0, 1), cmap=colours, vmin=-bound, vmax=bound, interpolation="bilinear"
-        )  # fmt: skip
-        tau = torch.linspace(0, 1, 400, dtype=torch.float64)
-        for (name, schedule), (style, line) in zip(paths.items(), _LINES, strict=False):
-            t = schedule.frozen().cpu()(tau).t
-            axes.plot(
-                t[:, 1], t[:, 0], color=INK, linestyle=line, linewidth=3 if style == "learned" else 1.8, label=name
-            )
-        axes.grid(False)
-        axes.set(xlabel=f"local time of {last}", ylabel=f"local time of {first}", xlim=(0, 1), ylim=(0, 1))
-        axes.legend(frameon=False, loc="upper left", labelcolor=INK)
-        bar = figure.colorbar(image, ax=axes, shrink=0.85)
-        bar.set_label(f"blue: better to pass below, {last} first; orange: above, {first} first")
-        return write_atomically(path, partial(figure.savefig, format="png", dpi=110))
+    image = axes.imshow(
+        found, origin="lower", extent=(0, 1, 0, 1), cmap=colours, vmin=-bound, vmax=bound, interpolation="bilinear"
+    )
+    tau = torch.linspace(0, 1, 400, dtype=torch.float64)
+    for number, (name, schedule) in enumerate(paths.items()):
+        t = schedule.frozen().cpu().double()(tau).t
+        line, width = ("-", 3.0) if number == 0 else (_LINES[(number - 1) % len(_LINES)], 1.8)
+        axes.plot(t[:, 1], t[:, 0], color=INK, linestyle=line, linewidth=width, label=name)
+    axes.grid(False)
+    axes.set(xlabel=f"local time of {last}", ylabel=f"local time of {first}", xlim=(0, 1), ylim=(0, 1))
+    axes.legend(frameon=False, loc="upper left", labelcolor=INK)
+    bar = figure.colorbar(image, ax=axes, shrink=0.85)
+    bar.set_label(f"blue: better to pass below, {last} first; orange: above, {first} first")

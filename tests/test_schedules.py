@@ -277,6 +277,8 @@ def test_independent_times_are_their_own_local_times_and_no_path():
         schedule(torch.rand(5))
     with pytest.raises(ValueError, match=r"floating-point tensor \[B, 3\]"):
         schedule(torch.rand(5, 2))
+    with pytest.raises(ValueError, match="at least two groups"):
+        IndependentTimes(1)
     curve = polynomial([0.1, -2.0, 1.0])
     assert (curve.clocks, curve.path()) == (1, curve)
 

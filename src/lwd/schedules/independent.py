@@ -22,6 +22,10 @@ class IndependentTimes(Schedule):
 
     def __init__(self, groups: int = 2, names: Sequence[str] | None = None) -> None:
         super().__init__(groups, names)
+        if groups < 2:
+            raise ValueError(
+                "independent times need at least two groups; one has the times of a SynchronousSchedule(1)"
+            )
 
     @property
     def clocks(self) -> int:

@@ -61,7 +61,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
 """What differs from the recipe's training, by name."""
 
 
-SURFACE_POINTS, SURFACE_IMAGES = 17, 256
+SURFACE_POINTS, SURFACE_IMAGES = 25, 256
 PATH_KINETICS = (0.0, 0.005, 0.02, 0.04, 0.08, 0.16)
 COMPARED = ("synchronous", "offset:0.3", "cascaded", "mix:0.25", "mix:0.5", "mix:0.75", "mix:1")
 """Curves whose costs on a surface are put down beside those of the best paths."""
@@ -227,7 +227,7 @@ class Surface(Arm):
         start, device = time.perf_counter(), pick_device()
         pipeline = Pipeline.from_pretrained(self._trained.folder(places), device=device)
         heldout = _latents(places.latents(self.set, self.encoder, "heldout"))
-        points, images = (17, SURFACE_IMAGES) if budget >= 0.5 else (3, 20)
+        points, images = (SURFACE_POINTS, SURFACE_IMAGES) if budget >= 0.5 else (3, 20)
         surface = measure_surface(pipeline.denoiser, heldout, points=points, images=images, device=device)
         surface.save(self.folder(places) / "surface.safetensors")
         paths = []

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from lwd import (
+    BernsteinSchedule,
     CascadedSchedule,
     Group,
     LatentSpec,
-    MonotoneCubicSchedule,
     OffsetSchedule,
     PiecewiseLinearSchedule,
     PolynomialSchedule,
@@ -195,7 +195,7 @@ TWO_GROUPS: dict[str, Schedule] = {
     "polynomial": polynomial([0.1, -2.0, -2.0, -2.0, 2.0]),
     "cascaded": CascadedSchedule(),
     "shifted": ShiftedSchedule((0.5, 3.0)),
-    "monotone_cubic": MonotoneCubicSchedule([0.0, 0.3, 0.7, 1.0], [[0.0, 0.0], [0.1, 0.5], [0.4, 0.5], [1.0, 1.0]]),
+    "bernstein": BernsteinSchedule([[0.0, 0.0], [0.1, 0.6], [0.1, 0.6], [0.7, 1.0], [1.0, 1.0]]),
     "piecewise_linear": PiecewiseLinearSchedule([0.0, 0.3, 0.7, 1.0], [[0.0, 0.0], [0.1, 0.5], [0.4, 0.8], [1.0, 1.0]]),
 }
 THREE_GROUPS: dict[str, Schedule] = {
@@ -204,7 +204,7 @@ THREE_GROUPS: dict[str, Schedule] = {
     "polynomial of 3": polynomial([[0.1, -2.0, 1.0], [-1.0, 0.5, -3.0]], groups=3),
     "cascaded of 3": CascadedSchedule(3),
     "shifted of 3": ShiftedSchedule((0.4, 1.0, 2.5)),
-    "monotone cubic of 3": MonotoneCubicSchedule([0.0, 0.5, 1.0], [[0.0] * 3, [0.0, 0.4, 0.9], [1.0] * 3]),
+    "bernstein of 3": BernsteinSchedule([[0.0] * 3, [0.0, 0.4, 0.9], [0.5, 0.5, 0.9], [1.0] * 3]),
 }
 SCHEDULES = TWO_GROUPS | THREE_GROUPS
 """One of every kind, for two and for three groups."""

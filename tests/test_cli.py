@@ -177,7 +177,8 @@ def test_independent_times_are_sampled_along_a_schedule(workspace, capsys):
     assert list((workspace / "free" / "samples").iterdir())
     draw = ["sample", "--run", f"{workspace}/free", "--images", "2", "--solver", "euler", "--steps", "3"]
     message = fails(capsys, *draw, "--out", f"{workspace}/none")
-    assert "independent times are no path: choose a schedule" in message
+    assert "independent times, which are no path: choose a schedule" in message
+    assert not (workspace / "none").exists()
     images = {}
     for schedule in ("synchronous", f"{workspace}/probe/schedule.json", "cascaded"):
         out = workspace / f"along{len(images)}"
@@ -208,14 +209,14 @@ def test_the_best_path_of_a_model_of_independent_times(workspace, capsys):
     command += [f"{workspace}/path", "--points", "3", "--images", "20"]
     cli.main([*command, "--kinetic", "0.02"])
     first = load_schedule(workspace / "path/schedule.json", ("texture", "semantic"))
-    assert first.kind == "monotone_cubic"
+    assert first.kind == "bernstein"
     described = json.loads((workspace / "path/path.json").read_text())
     assert described["costs"]["this"] <= min(described["costs"].values()) * 1.001
     assert first.provenance["path"]["kinetic"] == 0.02
     width, height = Image.open(workspace / "path/surface.png").size
     assert min(width, height) > 500
     measured = (workspace / "path/surface.safetensors").stat().st_mtime_ns
-    cli.main([*command, "--kinetic", "1000", "--degree", "4"])
+    cli.main([*command, "--kinetic", "1000", "--family", "learned"])
     second = load_schedule(workspace / "path/schedule.json")
     assert (second.kind, second.degree) == ("polynomial", 4)
     assert (workspace / "path/surface.safetensors").stat().st_mtime_ns == measured

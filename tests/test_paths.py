@@ -8,7 +8,7 @@ import torch
 
 import lwd
 from gaussian import PAIR_SPEC, Pairs, gauss_legendre, polynomial
-from lwd import MonotoneCubicSchedule, OffsetSchedule, SynchronousSchedule
+from lwd import BernsteinSchedule, OffsetSchedule, SynchronousSchedule
 from lwd.data import TensorLatents
 from lwd.latents import Group, LatentSpec, Normalization
 from lwd.objective import information_weight
@@ -21,7 +21,7 @@ CURVES = {
     "synchronous": SynchronousSchedule(),
     "inner": polynomial([0.1, -2.0, -2.0, -2.0, 2.0]),
     "extreme": polynomial([-80.0, -80.0, -80.0, -80.0, 0.0]),
-    "texture first": MonotoneCubicSchedule([0.0, 0.5, 1.0], [[0.0, 0.0], [0.8, 0.5], [1.0, 1.0]]),
+    "texture first": BernsteinSchedule([[0.0, 0.0], [1.0, 0.5], [1.0, 1.0]]),
 }
 
 
@@ -145,7 +145,7 @@ def test_three_groups():
         groups=3, times=torch.linspace(0, 1, 17, dtype=torch.float64),
     )  # fmt: skip
     tau = torch.linspace(0, 1, 51, dtype=torch.float64)
-    path = best_path(surface, weights="uniform", knots=6)
+    path = best_path(surface, weights="uniform")
     assert path.names == ("group0", "group1", "group2")
     torch.testing.assert_close(path(tau).t, torch.stack([tau**3, tau**2, tau], dim=1), rtol=0, atol=0.06)
 

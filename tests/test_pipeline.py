@@ -136,7 +136,7 @@ def test_weak_models_that_do_not_fit():
 
 def test_a_model_of_independent_times_goes_along_any_schedule(tmp_path):
     free = make(schedule=lwd.IndependentTimes())
-    with pytest.raises(ValueError, match="no path: choose a schedule to go along"):
+    with pytest.raises(ValueError, match="which are no path: choose a schedule to go along"):
         free(0)
     with pytest.raises(ValueError, match="are no path to sample along"):
         free.along(lwd.IndependentTimes())

@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.interpolate import PchipInterpolator
+from scipy.interpolate import BPoly
 
 import lwd
 from gaussian import SCHEDULES, curve, polynomial
 from lwd import (
+    BernsteinSchedule,
     CascadedSchedule,
     IndependentTimes,
-    MonotoneCubicSchedule,
     OffsetSchedule,
     PiecewiseLinearSchedule,
     PolynomialSchedule,
@@ -48,15 +48,17 @@ def piecewise(draw) -> PiecewiseLinearSchedule:
     return PiecewiseLinearSchedule([0.0, *sorted(times), 1.0], list(zip(*columns, strict=True)))
 
 
-def cubic(schedule: PiecewiseLinearSchedule) -> MonotoneCubicSchedule:
-    """Through the same knots."""
-    return MonotoneCubicSchedule(**schedule.parameters_dict())
+@st.composite
+def bernsteins(draw) -> BernsteinSchedule:
+    inner, groups = draw(st.integers(0, 14)), draw(st.integers(1, 4))
+    column = st.lists(st.floats(0, 1), min_size=inner, max_size=inner).map(lambda x: [0.0, *sorted(x), 1.0])
+    return BernsteinSchedule(list(zip(*draw(st.lists(column, min_size=groups, max_size=groups)), strict=True)))
 
 
 anything = st.one_of(
     polynomials(),
     piecewise(),
-    piecewise().map(cubic),
+    bernsteins(),
     st.builds(OffsetSchedule, st.floats(0, 5), st.integers(1, 4)),
     st.builds(CascadedSchedule, st.integers(1, 4)),
     st.builds(SynchronousSchedule, st.integers(1, 4)),
@@ -244,24 +246,26 @@ def test_very_negative_rho_stays_finite():
     assert dt.isfinite().all()
 
 
-@pytest.mark.parametrize("knots", [2, 3, 6])
-def test_monotone_cubic_is_the_curve_of_fritsch_and_butland(knots):
-    """scipy's, from the same formulas; a group that rests between two knots rests exactly."""
-    generator = np.random.default_rng(knots)
-    tau = np.concatenate([[0.0], np.sort(generator.random(knots - 2)), [1.0]])
-    t = np.concatenate([np.zeros((1, 2)), np.sort(generator.random((knots - 2, 2)), axis=0), np.ones((1, 2))])
-    if knots == 6:
-        t[3, 0] = t[2, 0]
-    schedule = MonotoneCubicSchedule(tau.tolist(), t.tolist())
-    x = np.linspace(0, 1, 1001)
-    found, expected = schedule(torch.from_numpy(x)), PchipInterpolator(tau, t)
-    np.testing.assert_allclose(found.t.numpy(), expected(x), rtol=0, atol=1e-12)
-    np.testing.assert_allclose(found.dt.numpy(), expected.derivative()(x), rtol=0, atol=1e-10)
+@pytest.mark.parametrize("degree", [1, 2, 12])
+def test_bernstein_polynomials_are_scipys(degree):
+    inner = np.sort(np.random.default_rng(degree).random((degree - 1, 2)), axis=0)
+    c = np.concatenate([np.zeros((1, 2)), inner, np.ones((1, 2))])
+    schedule, expected, x = BernsteinSchedule(c.tolist()), BPoly(c[:, None], [0, 1]), np.linspace(0, 1, 101)
+    found = schedule(torch.from_numpy(x))
+    np.testing.assert_allclose(found.t.numpy(), expected(x), rtol=0, atol=1e-13)
+    np.testing.assert_allclose(found.dt.numpy(), expected.derivative()(x), rtol=0, atol=1e-12)
     assert schedule.kinks == ()
-    if knots == 6:
-        resting = schedule(torch.from_numpy(np.linspace(tau[2], tau[3], 50)))
-        assert (resting.t[:, 0] == t[2, 0]).all()
-        assert not resting.dt[:, 0].any()
+
+
+def test_bernstein_coefficients_of_the_learned_family():
+    """tau^5 has one coefficient, the identity those of a straight line."""
+    extreme = BernsteinSchedule([[0.0, k / 5] for k in range(5)] + [[1.0, 1.0]])
+    tau = torch.linspace(0, 1, 11, dtype=torch.float64)
+    torch.testing.assert_close(extreme(tau).t, torch.stack([tau**5, tau], dim=1))
+    with pytest.raises(ValueError, match="coefficients of 'texture' must run from 0 to 1 and never decrease"):
+        BernsteinSchedule([[0.0, 0.0], [0.5, 0.5], [0.4, 0.6], [1.0, 1.0]])
+    with pytest.raises(ValueError, match=r"of shape \[n \+ 1, G\]"):
+        BernsteinSchedule([[0.0, 0.0]])
 
 
 def test_independent_times_are_their_own_local_times_and_no_path():
@@ -332,7 +336,7 @@ KNOTS = [0.0, 0.5, 1.0]
     ("data", "message"),
     [
         (described("polynomal", {}), "did you mean 'polynomial'"),
-        (described("zzz", {}), "unknown kind 'zzz'. Known kinds: cascaded, independent"),
+        (described("zzz", {}), "unknown kind 'zzz'. Known kinds: bernstein, cascaded"),
         (described(["offset"], {}), "unknown kind"),
         (described("polynomial", {"degree": 2, "rho": [[0, 0, 0]]}, ("a", "b", "c")), "3 groups and degree 2 need"),
         (described("polynomial", {"degree": 2, "rho": [[0] * 2] * 3}, ("a", "b", "c")), r"need \[2, 3\]"),

@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from lwd.probe import LearnedSchedule, ProbeConfig, learn_schedule
     from lwd.sampling import SampleResult, sample, seeded_noise
     from lwd.schedules import (
+        BernsteinSchedule,
         CascadedSchedule,
         IndependentTimes,
         LocalTimes,
-        MonotoneCubicSchedule,
         OffsetSchedule,
         PiecewiseLinearSchedule,
         PolynomialSchedule,
@@ -48,10 +48,10 @@ _HOMES = {
     "lwd.probe": ("LearnedSchedule", "ProbeConfig", "learn_schedule"),
     "lwd.sampling": ("SampleResult", "sample", "seeded_noise"),
     "lwd.schedules": (
+        "BernsteinSchedule",
         "CascadedSchedule",
         "IndependentTimes",
         "LocalTimes",
-        "MonotoneCubicSchedule",
         "OffsetSchedule",
         "PiecewiseLinearSchedule",
         "PolynomialSchedule",
@@ -70,6 +70,7 @@ _SUBPACKAGES = ("backbones", "data", "encoders", "evaluation", "generation", "re
 __all__ = [
     "IMAGENET_SPEC",
     "AutoGuidance",
+    "BernsteinSchedule",
     "CascadedSchedule",
     "ClassifierFreeGuidance",
     "DenoiserTerms",
@@ -82,7 +83,6 @@ __all__ = [
     "LightningDiT",
     "LightningDiTConfig",
     "LocalTimes",
-    "MonotoneCubicSchedule",
     "Normalization",
     "OffsetSchedule",
     "OptimizerConfig",

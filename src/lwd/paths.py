@@ -1,23 +1,23 @@
 """The cheapest schedule through an error surface, for any lambda and any number of groups, without a probe.
 
 The last group is the global clock, as in the learned family (Eq. 17). `best_path` searches all monotone curves: first a
-lattice of them, exactly, by dynamic programming, so that no local minimum can hide the best one; then the knots of a
-smooth curve from there, by gradient descent. `best_polynomial` stays within the family of Eq. 40-42.
+lattice of them, exactly, by dynamic programming, so that no local minimum can hide the best one; then the coefficients
+of a smooth curve from there, by gradient descent. `best_polynomial` stays within the family of Eq. 40-42.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lwd.schedules import MonotoneCubicSchedule, PolynomialSchedule, Schedule
+from lwd.schedules import BernsteinSchedule, PolynomialSchedule, Schedule
 from lwd.surface import ErrorSurface, Weights
 
+DEGREE = 12
+"""Of the smooth curves: enough for one bend or two, too few to follow the noise of a surface."""
 KNOTS = 8
-"""Pieces of a smooth path: enough for every curve with one bend or two, too few to follow the noise of a surface."""
+"""Pieces of a lattice path."""
 LATTICE = {2: 96, 3: 24}
 """Positions of a group on the lattice, by number of groups; slopes are multiples of `KNOTS` over it."""
 _QUADRATURE = 12
@@ -29,29 +29,25 @@ def best_path(
     *,
     kinetic: float = 0.0,
     weights: Weights = "information",
-    knots: int = KNOTS,
+    degree: int = DEGREE,
     lattice: int | None = None,
-    steps: int = 300,
-) -> MonotoneCubicSchedule:
+    steps: int = 400,
+) -> BernsteinSchedule:
     """The monotone schedule of the least cost (`ErrorSurface.cost`).
 
     Args:
         kinetic: lambda.
         weights: of the errors, see `ErrorSurface.density`.
-        knots: pieces of equal length in tau that the curve consists of.
+        degree: of the polynomials that the curve consists of.
         lattice: positions of every other group in the search; by default 96 for two groups, 24 for three, 12 for more.
-        steps: of the descent that follows the search; 0 leaves its path as it is.
+        steps: of the descent that follows the search.
 
     Raises:
         ValueError: a surface of one group; a negative lambda.
     """
     _check(surface, kinetic)
-    lattice = lattice or LATTICE.get(len(surface.spec), 12)
-    values = _search(surface, kinetic, weights, knots, lattice)  # [knots + 1, G]
-    if steps:
-        values = _descend(surface, kinetic, weights, values, steps)
-    tau = torch.linspace(0, 1, knots + 1, dtype=torch.float64)
-    found = MonotoneCubicSchedule(tau.tolist(), values.tolist(), names=surface.spec.names)
+    path = _search(surface, kinetic, weights, KNOTS, lattice or LATTICE.get(len(surface.spec), 12))
+    found = BernsteinSchedule(_descend(surface, kinetic, weights, path, degree, steps), names=surface.spec.names)
     _remember(found, surface, kinetic, weights)
     return found
 
@@ -137,29 +133,28 @@ def _segments(
     return density.view(len(begin), -1) @ shares / knots
 
 
-def _descend(surface: ErrorSurface, kinetic: float, weights: Weights, values: Tensor, steps: int) -> Tensor:
-    """Knots [K + 1, G] of a smooth curve, from those of a lattice path."""
-    rises = values.diff(dim=0)[:, :-1].clamp(min=1e-4)
+def _descend(surface: ErrorSurface, kinetic: float, weights: Weights, path: Tensor, degree: int, steps: int) -> Tensor:
+    """Coefficients [degree + 1, G] of a smooth curve, from a lattice path [K + 1, G]."""
+    place = torch.linspace(0, len(path) - 1, degree + 1, dtype=torch.float64)
+    low = place.floor().long().clamp(max=len(path) - 2)
+    start = torch.lerp(path[low], path[low + 1], (place - low)[:, None])
+    rises = start.diff(dim=0)[:, :-1].clamp(min=1e-4)
     logits = (rises / rises.sum(dim=0)).log().requires_grad_()
     optimizer = torch.optim.Adam([logits], lr=0.05)
     decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.02, steps)
-    tau = torch.linspace(0, 1, len(values), dtype=torch.float64)
-
-    def curve() -> Tensor:
-        sums = logits.softmax(dim=0).cumsum(dim=0)
-        risen = torch.cat([torch.zeros_like(sums[:1]), sums / sums[-1]])
-        return torch.cat([risen, values[:, -1:]], dim=1)
-
-    best: tuple[float, Any] = (torch.inf, values)
+    best: tuple[float, Tensor] = (torch.inf, start)
     for _ in range(steps):
         optimizer.zero_grad()
-        knots = curve()
+        sums = logits.softmax(dim=0).cumsum(dim=0)
+        risen = torch.cat([torch.zeros_like(sums[:1]), sums / sums[-1]])
+        # Of the clock, whose coefficients are those of the identity.
+        coefficients = torch.cat([risen, torch.linspace(0, 1, degree + 1, dtype=torch.float64)[:, None]], dim=1)
         cost = surface.cost(
-            MonotoneCubicSchedule(tau, knots, names=surface.spec.names),  # type: ignore[arg-type]
-            kinetic=kinetic, weights=weights,
+            BernsteinSchedule(coefficients, names=surface.spec.names), kinetic=kinetic, weights=weights
         )  # fmt: skip
-        best = min(best, (cost.item(), knots.detach()), key=lambda found: found[0])
+        if cost.item() < best[0]:
+            best = cost.item(), coefficients.detach()
         cost.backward()
         optimizer.step()
         decay.step()
-    return best[1]  # type: ignore[no-any-return]
+    return best[1]

@@ -290,7 +290,12 @@ class Pipeline:
         return PipelineOutput(images, result.latents, result.evaluations_per_image)
 
     def guided(self, scale: Scale | None = None, *, interval: Interval | Sequence[Interval] | None = None) -> Denoiser:
-        """The denoiser with the guidance that `__call__` describes."""
+        """The denoiser with the guidance that `__call__` describes; ValueError where there is no path to go along."""
+        if self.schedule.clocks > 1:
+            raise ValueError(
+                "the model was trained on independent times, which are no path: choose a schedule to go along "
+                "(--schedule, or Pipeline.along)"
+            )
         if scale is None:
             scale = 1.0 if self.weak is None else DEFAULT_SCALE
         if not isinstance(scale, ScaleCurve) and set(scale if isinstance(scale, Sequence) else [scale]) == {1.0}:

@@ -12,10 +12,10 @@ def path(
     out: Path,
     kinetic: float = 0.0,
     weights: Literal["information", "uniform"] = "information",
-    degree: int = 0,
-    knots: int = 8,
-    points: int = 17,
-    images: int = 512,
+    family: Literal["any", "learned"] = "any",
+    degree: int | None = None,
+    points: int = 25,
+    images: int = 256,
     at_step: int | None = None,
     device: str = "auto",
 ) -> None:
@@ -31,8 +31,8 @@ def path(
         kinetic: lambda.
         weights: of the errors: information, t/(1-t), in which only what the denoiser does worse than an exact one
             tells schedules apart; or uniform, as in the paper's loss.
-        degree: M of the learned family to stay within; 0 for any monotone curve.
-        knots: pieces of such a curve.
+        family: any monotone curve, or the convex ones that a probe can learn (Eq. 40).
+        degree: of the curve's polynomials: 12, or M + 1 = 5 of the learned family.
         points: nodes of the grid for each group; their product is the number of evaluations for every image.
         images: held-out images to measure on.
         at_step: the averaged weights after this step instead of the finished model.
@@ -41,7 +41,7 @@ def path(
     from lwd.data import LatentDataset
     from lwd.files import differences, write_json
     from lwd.machine import describe_machine, describe_versions, own_device
-    from lwd.paths import best_path, best_polynomial
+    from lwd.paths import DEGREE, best_path, best_polynomial
     from lwd.pipeline import Pipeline
     from lwd.schedules import OffsetSchedule, SynchronousSchedule
     from lwd.surface import ErrorSurface, measure_surface
@@ -69,10 +69,10 @@ def path(
             pipeline.denoiser, source, points=points, images=images, device=where, about=about
         )  # fmt: skip
         surface.save(file)
-    if degree:
-        found = best_polynomial(surface, kinetic=kinetic, weights=weights, degree=degree)
+    if family == "learned":
+        found = best_polynomial(surface, kinetic=kinetic, weights=weights, degree=(degree or 5) - 1)
     else:
-        found = best_path(surface, kinetic=kinetic, weights=weights, knots=knots)  # type: ignore[assignment]
+        found = best_path(surface, kinetic=kinetic, weights=weights, degree=degree or DEGREE)  # type: ignore[assignment]
     names = surface.spec.names
     others = {
         "synchronous": SynchronousSchedule(len(names), names),
@@ -83,7 +83,7 @@ def path(
         for name, schedule in {"this": found, **others}.items()
     }
     found.save(out / "schedule.json")
-    settings = {"kinetic": kinetic, "weights": weights, "degree": degree, "knots": knots, "surface": about}
+    settings = {"kinetic": kinetic, "weights": weights, "family": family, "degree": degree, "surface": about}
     machine = {"machine": describe_machine(where), "versions": describe_versions()}
     write_json(out / "path.json", {"costs": costs, "settings": settings, **machine})
     for name, cost in costs.items():

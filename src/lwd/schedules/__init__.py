@@ -9,10 +9,10 @@ At a kink the derivative is the one to the right (to the left at tau = 1).
 """
 
 from lwd.schedules.base import FORMAT, KINDS, LocalTimes, Schedule, load_schedule, schedule_from_dict
+from lwd.schedules.bernstein import BernsteinSchedule
 from lwd.schedules.independent import IndependentTimes
 from lwd.schedules.piecewise import (
     CascadedSchedule,
-    MonotoneCubicSchedule,
     OffsetSchedule,
     PiecewiseLinearSchedule,
     SynchronousSchedule,
@@ -23,10 +23,10 @@ from lwd.schedules.shifted import ShiftedSchedule
 __all__ = [
     "FORMAT",
     "KINDS",
+    "BernsteinSchedule",
     "CascadedSchedule",
     "IndependentTimes",
     "LocalTimes",
-    "MonotoneCubicSchedule",
     "OffsetSchedule",
     "PiecewiseLinearSchedule",
     "PolynomialSchedule",

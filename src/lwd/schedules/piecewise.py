@@ -1,4 +1,4 @@
-"""Schedules through given points, by straight lines or smoothly; synchronous, SFD's offset and cascaded among them."""
+"""Schedules of straight lines: measured ones, synchronous, SFD's offset, cascaded."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from lwd.schedules.base import LocalTimes, Schedule
 
 
-class _KnotSchedule(Schedule):
-    """Curves through knots.
+class PiecewiseLinearSchedule(Schedule):
+    """Straight lines between knots: any measured or hand-drawn schedule, and the base of the fixed ones below.
 
     Args:
         tau: global times of the knots, [K], strictly increasing from 0 to 1.
@@ -22,6 +22,8 @@ class _KnotSchedule(Schedule):
     Raises:
         ValueError: naming the knot and group at which the curve is not monotone or misses its ends.
     """
+
+    kind = "piecewise_linear"
 
     def __init__(
         self,
@@ -43,7 +45,10 @@ class _KnotSchedule(Schedule):
         if len(self._knots) < 2 or self._knots[0] != 0 or self._knots[-1] != 1 or (self._knots.diff() <= 0).any():
             raise ValueError("knots tau must increase strictly from 0 to 1")
         self._check_monotone()
-        self._secants = self._values.diff(dim=0) / self._knots.diff()[:, None]
+        slopes = self._values.diff(dim=0) / self._knots.diff()[:, None]
+        self._slopes = slopes
+        jumps = (slopes.diff(dim=0).abs() > 1e-9).any(dim=1)
+        self.kinks = tuple(self._knots[1:-1][jumps].tolist())
 
     def _check_monotone(self) -> None:
         for group, name in enumerate(self.names):
@@ -57,90 +62,18 @@ class _KnotSchedule(Schedule):
                     f"{curve[k + 1]:g} at tau = {self._knots[k + 1]:g}; a schedule must be monotone"
                 )
 
-    def _piece(self, tau: Tensor) -> tuple[Tensor, Tensor]:
-        """Which piece every `tau` [B] lies in, and which share of it has passed."""
-        knots = self._knots.to(tau.device, tau.dtype)
+    def local_times(self, tau: Tensor) -> LocalTimes:
+        knots, values, slopes = (x.to(tau.device, tau.dtype) for x in (self._knots, self._values, self._slopes))
         piece = torch.bucketize(tau, knots[1:-1], right=True)
         left, right = knots[piece], knots[piece + 1]
+        # lerp is exact at both ends, so t(0) = 0 and t(1) = 1 in every precision.
         # Two knots can round to one in float32: then the piece is its end.
-        return piece, torch.where(right > left, (tau - left) / (right - left), 1.0)
+        fraction = torch.where(right > left, (tau - left) / (right - left), 1.0)
+        t = torch.lerp(values[piece], values[piece + 1], fraction[:, None])
+        return LocalTimes(t, slopes[piece])
 
     def parameters_dict(self) -> dict[str, Any]:
         return {"tau": self._knots.tolist(), "t": self._values.tolist()}
-
-
-class PiecewiseLinearSchedule(_KnotSchedule):
-    """Straight lines between knots: any measured or hand-drawn schedule, and the base of the fixed ones below.
-
-    Args and errors as `MonotoneCubicSchedule`, which has no kinks at the knots.
-    """
-
-    kind = "piecewise_linear"
-
-    def __init__(
-        self,
-        tau: Sequence[float],
-        t: Sequence[Sequence[float]],
-        groups: int | None = None,
-        names: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(tau, t, groups, names)
-        jumps = (self._secants.diff(dim=0).abs() > 1e-9).any(dim=1)
-        self.kinks = tuple(self._knots[1:-1][jumps].tolist())
-
-    def local_times(self, tau: Tensor) -> LocalTimes:
-        piece, fraction = self._piece(tau)
-        values, slopes = (x.to(tau.device, tau.dtype) for x in (self._values, self._secants))
-        # lerp is exact at both ends, so t(0) = 0 and t(1) = 1 in every precision.
-        return LocalTimes(torch.lerp(values[piece], values[piece + 1], fraction[:, None]), slopes[piece])
-
-
-class MonotoneCubicSchedule(_KnotSchedule):
-    """A smooth curve through knots, monotone like them: cubics whose slopes at the knots are the harmonic means of the
-    secants beside them (Fritsch & Butland 1984). The derivative is continuous, so a solver need not stop at the knots.
-
-    Args:
-        tau: global times of the knots, [K], strictly increasing from 0 to 1.
-        t: local times at the knots, [K, G], each column from 0 to 1 and never decreasing.
-
-    Raises:
-        ValueError: naming the knot and group at which the curve is not monotone or misses its ends.
-    """
-
-    kind = "monotone_cubic"
-
-    def __init__(
-        self,
-        tau: Sequence[float],
-        t: Sequence[Sequence[float]],
-        groups: int | None = None,
-        names: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(tau, t, groups, names)
-        h, secants = self._knots.diff()[:, None], self._secants
-        self._slopes = torch.empty_like(self._values)
-        first, last = (2 * h[1:] + h[:-1]) / 3, (h[1:] + 2 * h[:-1]) / 3
-        # 1 / 0 = inf where a group rests on one side: the slope is then 0, as it must be.
-        self._slopes[1:-1] = (first + last) / (first / secants[:-1] + last / secants[1:])
-        for end, beside, over in ((0, 0, 1), (-1, -1, -2)):
-            near = secants[beside]
-            if len(secants) == 1:
-                self._slopes[end] = near
-                continue
-            wide = h[beside] + h[over]
-            slope = near + (near - secants[over]) * h[beside] / wide  # of the parabola through three knots
-            self._slopes[end] = torch.minimum(slope.clamp(min=0), 3 * near)
-
-    def local_times(self, tau: Tensor) -> LocalTimes:
-        piece, x = self._piece(tau)
-        values, slopes, knots = (v.to(tau.device, tau.dtype) for v in (self._values, self._slopes, self._knots))
-        x, h = x[:, None], (knots[piece + 1] - knots[piece])[:, None]
-        begin, rise = values[piece], values[piece + 1] - values[piece]
-        m0, m1 = h * slopes[piece], h * slopes[piece + 1]
-        # In this form both ends of every piece are exact.
-        t = torch.lerp(begin, values[piece + 1], x * x * (3 - 2 * x)) + x * (1 - x) * ((1 - x) * m0 - x * m1)
-        dt = (6 * x * (1 - x) * rise + (1 - x) * (1 - 3 * x) * m0 + x * (3 * x - 2) * m1) / h
-        return LocalTimes(t.clamp(0, 1), dt.clamp(min=0))
 
 
 class SynchronousSchedule(PiecewiseLinearSchedule):

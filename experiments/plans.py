@@ -18,6 +18,7 @@ LEARNED = 0.02
 OFFSETS = ("offset:0.15", "offset:0.3", "offset:0.6")
 FIXED = ("synchronous", "cascaded", "shifted:1,3")
 EVALUATIONS = (6, 8, 12)
+CONVERGED = 60
 GUIDED = (1.5,)
 PATHS = ("path/information:0", "path/information:0.02", "path/uniform:0.02")
 
@@ -51,6 +52,14 @@ def quality(data: str, seed: int) -> Iterator[Task]:
     """Images along the learned schedule and along fixed ones (Tables 1 and 2)."""
     for training in _main_arms(data, seed):
         yield from _scored(training)
+
+
+def converged(data: str, seed: int) -> Iterator[Task]:
+    """Whether the order of the arms is one of the solver: three times as many evaluations."""
+    for training in _main_arms(data, seed):
+        score = Score(data, "middle", seed, training, steps=CONVERGED)
+        yield score
+        yield replace(score, scale=GUIDED)
 
 
 def oracle(data: str, seed: int) -> Iterator[Task]:
@@ -107,7 +116,9 @@ def guidance(data: str, seed: int) -> Iterator[Task]:
 
 PLANS: dict[str, Plan] = {
     plan.__name__: plan
-    for plan in (lambdas, encoders, quality, probes, oracle, independent, objectives, ablations, guidance, transfer)
+    for plan in (
+        lambdas, encoders, quality, converged, probes, oracle, independent, objectives, ablations, guidance, transfer,
+    )
 }  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from experiments import figures
 from experiments.collect import KEPT, Evidence, Row, Spread, spread
-from experiments.plans import EVALUATIONS, LEARNED
+from experiments.plans import CONVERGED, EVALUATIONS, LEARNED
 from experiments.sets import ENCODERS
 from lwd.files import write_atomically
 
@@ -133,8 +133,9 @@ def evaluations(evidence: Evidence) -> str:
     for name in evidence.sets():
         by: dict[str, Row] = {
             **{f"{steps} evaluations": {"steps": steps} for steps in (*EVALUATIONS, 20)},
+            f"{CONVERGED} evaluations": {"steps": CONVERGED},
             **{f"{part:g} of the training": {"part": part} for part in (0.25, 0.5)},
-            f"{EVALUATIONS[0]} evaluations, guided": {"steps": EVALUATIONS[0], "scale": (1.5,)},
+            **{f"{n} evaluations, guided": {"steps": n, "scale": (1.5,)} for n in (EVALUATIONS[0], 20, CONVERGED)},
         }
         found = {
             title: spread(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from experiments.collect import Evidence, Row, spread
-from experiments.plans import EVALUATIONS, LEARNED
+from experiments.plans import LEARNED
 from experiments.sets import ENCODERS
 from lwd.files import write_atomically
 from lwd.latents import LatentSpec
@@ -116,53 +116,51 @@ def probes(evidence: Evidence) -> Any:
 
 
 def quality(evidence: Evidence) -> Any:
-    """The judge's distance against evaluations of the solver, and against steps of training."""
+    """The judge's distance against evaluations of the solver: above without guidance, below with AutoGuidance."""
     names = [name for name in evidence.sets() if evidence.some_scores(data=name)]
     if not names:
         return None
     figure, axes = _figure(2, len(names))
     for column, name in enumerate(names):
-        for plot, key, values, label in (
-            (axes[0, column], "steps", (*EVALUATIONS, 20), "evaluations of the network"),
-            (axes[1, column], "part", (0.25, 0.5, 1.0), "share of the training"),
+        for plot, scale, title in zip(
+            axes[:, column], ((), (1.5,)), ("without guidance", "AutoGuidance 1.5"), strict=True
         ):
-            rows = [row for value in values for row in evidence.some_scores(data=name, **{key: value})]
-            for arm, (title, colour, marker) in ARMS.items():
+            rows = evidence.some_scores(data=name, steps=None, scale=scale)
+            for arm, (label, colour, marker) in ARMS.items():
                 mine = [row for row in rows if (row["schedule"], row["variant"]) == arm]
-                found = spread(mine, lambda row, key=key: row[key], lambda row: row["fd_judge"])  # type: ignore[misc]
+                found = spread(mine, lambda row: row["steps"], lambda row: row["fd_judge"])
                 x = sorted(found)
                 if x:
                     plot.errorbar(
                         x, [found[k].mean for k in x], [found[k].deviation for k in x],
-                        color=colour, marker=marker, label=title, capsize=2, elinewidth=1, linewidth=1.6,
+                        color=colour, marker=marker, label=label, capsize=2, elinewidth=1, linewidth=1.6,
                     )  # fmt: skip
-            plot.set(xlabel=label, ylabel="distance by the judge", yscale="log")
-            plot.set_xticks(values, [f"{value:g}" for value in values])
-            plot.yaxis.set_major_formatter("{x:g}")
-            plot.yaxis.set_minor_formatter("{x:g}")
-        axes[0, column].set_title(name, loc="left", color=INK)
-        axes[1, column].legend(frameon=False, fontsize=10)
+            plot.set(xlabel="evaluations of the network", ylabel="distance by the judge", xscale="log")
+            ticks = sorted({row["steps"] for row in rows})
+            plot.set_xticks(ticks, [str(tick) for tick in ticks])
+            plot.minorticks_off()
+            plot.set_title(f"{name}, {title}", loc="left", color=INK)
+        axes[0, column].legend(frameon=False, fontsize=10)
     return figure
 
 
 def oracle(evidence: Evidence) -> Any:
-    """The judge's distance of models trained on each curve, against the curve's delay."""
+    """The judge's distance of models trained on each curve, against the curve's delay; right, with AutoGuidance."""
     name = evidence.sets()[0]
-    rows = evidence.some_scores(data=name)
-    if not any(row["schedule"].startswith("mix") for row in rows):
+    if not any(row["schedule"].startswith("mix") for row in evidence.some_scores(data=name)):
         return None
     figure, axes = _figure(1, 2)
-    for plot, metric, label in zip(
-        axes[0], ("fd_judge", "fd_embedded"), ("distance by the judge", "distance, embedded network"), strict=True
-    ):
+    for plot, scale, title in zip(axes[0], ((), (1.5,)), ("without guidance", "AutoGuidance 1.5"), strict=True):
+        rows = evidence.some_scores(data=name, scale=scale)
         for kind, (title, colour, marker) in {
             "mix": ("(1 − A) τ + A τ⁵, synchronous at 0", MUTED, "o"),
             "learned": ("learned, λ as written", ink("learned"), "o"),
             "offset": ("offset as written, uncorrected", ink("offset"), "s"),
+            "path": ("best paths through the errors", ink("autoguidance"), "D"),
         }.items():
             mine = [row for row in rows if _family(row) == kind]
             delays = spread(mine, lambda row: row["schedule"], lambda row: _delay(evidence, row))
-            found = spread(mine, lambda row: row["schedule"], lambda row, m=metric: row[m])  # type: ignore[misc]
+            found = spread(mine, lambda row: row["schedule"], lambda row: row["fd_judge"])
             order = sorted(found, key=lambda key: delays[key].mean)
             plot.errorbar(
                 [delays[key].mean for key in order], [found[key].mean for key in order],
@@ -175,9 +173,9 @@ def oracle(evidence: Evidence) -> Any:
                 plot.annotate(
                     text, (delays[key].mean, found[key].mean), (6, 6), textcoords="offset points", color=colour
                 )
-        plot.set(xlabel="delay of the curve", ylabel=label)
+        plot.set(xlabel="delay of the curve (below 0: texture first)", ylabel="distance by the judge")
+        plot.set_title(f"{name}, {title}", loc="left", color=INK)
     axes[0, 0].legend(frameon=False, fontsize=10)
-    axes[0, 0].set_title(name, loc="left", color=INK)
     return figure
 
 
@@ -199,7 +197,7 @@ def surfaces(evidence: Evidence) -> Any:
         for plot, weights in zip(line, get_args(Weights), strict=True):
             paths = {f"λ = {k:g}": best_path(surface, kinetic=k, weights=weights) for k in (0.02, 0.0, 0.08)}
             paint_surface(figure, plot, surface, paths, weights)
-            plot.set_title(f"{name}, weights {weights}", loc="left", color=INK)
+            plot.set_title(f"{name}: {weights}", loc="left", color=INK)
     return figure
 
 
@@ -222,7 +220,9 @@ def _family(row: Row) -> str:
         return "mix"
     if kind == "offset":
         return "offset" if row["variant"] == "uncorrected" else ""
-    return kind if not row["variant"] else ""
+    if "along" in row["schedule"] or row["variant"]:
+        return ""
+    return "path" if kind.startswith("path/") else kind
 
 
 def _delay(evidence: Evidence, row: Row) -> float:
@@ -232,6 +232,10 @@ def _delay(evidence: Evidence, row: Row) -> float:
     if kind == "learned":
         wanted = {"data": row["data"], "encoder": row["encoder"], "seed": row["seed"], "variant": "paper"}
         return float(evidence.some_probes(kinetic=float(value), **wanted)[0]["delay"])
+    if kind.startswith("path/"):
+        asked = {"curve": "path", "weights": kind.partition("/")[2], "kinetic": float(value)}
+        surface = next(s for s in evidence.surfaces if all(s[k] == row[k] for k in ("data", "encoder", "seed")))
+        return delay_of(curve_of(next(p for p in surface["paths"] if asked.items() <= p.items())))
     return delay_of(make_schedule(row["schedule"], ("texture", "semantic")))
 
 

@@ -20,7 +20,7 @@ FIXED = ("synchronous", "cascaded", "shifted:1,3")
 EVALUATIONS = (6, 8, 12)
 CONVERGED = 60
 GUIDED = (1.5,)
-PATHS = ("path/information:0", "path/information:0.02", "path/uniform:0.02")
+PATHS = ("path/information:0", "path/information:0.02", "path/uniform:0", "path/uniform:0.02")
 
 Plan = Callable[[str, int], Iterator[Task]]
 

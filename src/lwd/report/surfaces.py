@@ -79,6 +79,6 @@ def paint_surface(
         axes.plot(t[:, 1], t[:, 0], color=INK, linestyle=line, linewidth=width, label=name)
     axes.grid(False)
     axes.set(xlabel=f"local time of {last}", ylabel=f"local time of {first}", xlim=(0, 1), ylim=(0, 1))
-    axes.legend(frameon=False, loc="upper left", labelcolor=INK)
+    axes.legend(loc="lower right", labelcolor=INK, facecolor=PAPER, framealpha=0.8, edgecolor="none")
     bar = figure.colorbar(image, ax=axes, shrink=0.85)
-    bar.set_label(f"blue: better to pass below, {last} first; orange: above, {first} first")
+    bar.set_label(f"blue: better below, {last} first\norange: better above, {first} first")

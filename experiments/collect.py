@@ -46,7 +46,9 @@ class Spread:
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
     def text(self, digits: int) -> str:
-        return f"{self.mean:.{digits}f} ± {self.deviation:.{digits}f}"
+        """Mean ± standard deviation; of a single seed, the number alone."""
+        spread = f" ± {self.deviation:.{digits}f}" if len(self.values) > 1 else ""
+        return f"{self.mean:.{digits}f}{spread}"
 
 
 def spread(rows: Sequence[Row], key: Callable[[Row], K], value: Callable[[Row], float]) -> dict[K, Spread]:

@@ -144,6 +144,17 @@ def quality(evidence: Evidence) -> Any:
     return figure
 
 
+FAMILIES: dict[str, tuple[str, str, str, tuple[float, float]]] = {
+    "mix": ("(1 − A) τ + A τ⁵, synchronous at 0", MUTED, "o", (0, 0)),
+    "learned": ("learned, λ as written", ink("learned"), "o", (-4, -17)),
+    "offset": ("offset as written, uncorrected", ink("offset"), "s", (6, 6)),
+    "path": ("best paths through the errors, λ as written", ink("autoguidance"), "D", (-12, 9)),
+}
+"""Label, colour, marker, and where what is written stands."""
+FARTHEST = -0.5
+"""Delay at which the figure ends; texture still further ahead is off its scale."""
+
+
 def oracle(evidence: Evidence) -> Any:
     """The judge's distance of models trained on each curve, against the curve's delay; right, with AutoGuidance."""
     name = evidence.sets()[0]
@@ -152,30 +163,27 @@ def oracle(evidence: Evidence) -> Any:
     figure, axes = _figure(1, 2)
     for plot, scale, title in zip(axes[0], ((), (1.5,)), ("without guidance", "AutoGuidance 1.5"), strict=True):
         rows = evidence.some_scores(data=name, scale=scale)
-        for kind, (title, colour, marker) in {
-            "mix": ("(1 − A) τ + A τ⁵, synchronous at 0", MUTED, "o"),
-            "learned": ("learned, λ as written", ink("learned"), "o"),
-            "offset": ("offset as written, uncorrected", ink("offset"), "s"),
-            "path": ("best paths through the errors", ink("autoguidance"), "D"),
-        }.items():
-            mine = [row for row in rows if _family(row) == kind]
+        for kind, (label, colour, marker, where) in FAMILIES.items():
+            mine = [row for row in rows if _family(row) == kind and _delay(evidence, row) > FARTHEST]
             delays = spread(mine, lambda row: row["schedule"], lambda row: _delay(evidence, row))
             found = spread(mine, lambda row: row["schedule"], lambda row: row["fd_judge"])
             order = sorted(found, key=lambda key: delays[key].mean)
             plot.errorbar(
                 [delays[key].mean for key in order], [found[key].mean for key in order],
                 [found[key].deviation for key in order], [delays[key].deviation for key in order],
-                color=colour, marker=marker, label=title, capsize=2, elinewidth=1,
+                color=colour, marker=marker, label=label, capsize=2, elinewidth=1,
                 linestyle="-" if kind == "mix" else "none",
             )  # fmt: skip
             for key in order if kind != "mix" else ():
-                text = key.partition(":")[2]
-                plot.annotate(
-                    text, (delays[key].mean, found[key].mean), (6, 6), textcoords="offset points", color=colour
-                )
+                weights = "" if kind != "path" else f"{key.partition('/')[2].partition(':')[0][0]} "
+                text = weights + key.partition(":")[2]
+                place = (delays[key].mean, found[key].mean)
+                plot.annotate(text, place, where, textcoords="offset points", color=colour, fontsize=10)
         plot.set(xlabel="delay of the curve (below 0: texture first)", ylabel="distance by the judge")
         plot.set_title(f"{name}, {title}", loc="left", color=INK)
-    axes[0, 0].legend(frameon=False, fontsize=10)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=10
+    )
     return figure
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from experiments.collect import Evidence, Row, spread
-from experiments.plans import LEARNED
+from experiments.plans import LEARNED, SCALES
 from experiments.sets import ENCODERS
 from lwd.files import write_atomically
 from lwd.latents import LatentSpec
@@ -35,6 +35,7 @@ ARMS: dict[tuple[str, str], tuple[str, str, str]] = {
     ("cascaded", ""): ("cascaded", ink("weak"), "v"),
 }
 """Title, colour and marker of the arms that are compared."""
+GUIDANCES: dict[tuple[float, ...], str] = {(): "without guidance", (1.5,): "AutoGuidance 1.5"}
 
 
 def draw(evidence: Evidence, folder: Path) -> list[Path]:
@@ -43,7 +44,7 @@ def draw(evidence: Evidence, folder: Path) -> list[Path]:
 
     made = []
     with matplotlib.rc_context(STYLE):
-        for figure in (lambdas, probes, quality, oracle, surfaces):
+        for figure in (lambdas, probes, arms, quality, scales, oracle, surfaces):
             drawn = figure(evidence)
             if drawn is not None:
                 path = folder / f"{figure.__name__}.png"
@@ -115,33 +116,84 @@ def probes(evidence: Evidence) -> Any:
     return figure
 
 
-def quality(evidence: Evidence) -> Any:
-    """The judge's distance against evaluations of the solver: above without guidance, below with AutoGuidance."""
+def arms(evidence: Evidence) -> Any:
+    """The judge's distance of every arm, a point for each seed: above without guidance, below with AutoGuidance."""
     names = [name for name in evidence.sets() if evidence.some_scores(data=name)]
     if not names:
         return None
-    figure, axes = _figure(2, len(names))
+    figure, axes = _figure(2, len(names), height=3.0)
     for column, name in enumerate(names):
-        for plot, scale, title in zip(
-            axes[:, column], ((), (1.5,)), ("without guidance", "AutoGuidance 1.5"), strict=True
-        ):
+        for plot, (scale, title) in zip(axes[:, column], GUIDANCES.items(), strict=True):
+            rows = evidence.some_scores(data=name, scale=scale)
+            there = [arm for arm in ARMS if any(_arm(row) == arm for row in rows)]
+            for place, arm in enumerate(there):
+                found = [row["fd_judge"] for row in rows if _arm(row) == arm]
+                _, colour, marker = ARMS[arm]
+                plot.scatter(found, [place] * len(found), color=colour, marker=marker, s=30, zorder=3)
+                plot.scatter(sum(found) / len(found), place, color=colour, marker="|", s=260)
+            plot.set_yticks(range(len(there)), [ARMS[arm][0] for arm in there])
+            plot.invert_yaxis()
+            plot.set(xlabel="distance by the judge")
+            plot.set_title(f"{name}, {title}", loc="left", color=INK)
+    return figure
+
+
+def quality(evidence: Evidence) -> Any:
+    """The judge's distance against evaluations of the solver, without guidance and with AutoGuidance."""
+    names = [name for name in evidence.sets() if len(_seen(evidence, name, "steps")) > 1]
+    if not names:
+        return None
+    figure, axes = _figure(len(names), 2)
+    for line, name in zip(axes, names, strict=True):
+        for plot, (scale, title) in zip(line, GUIDANCES.items(), strict=True):
             rows = evidence.some_scores(data=name, steps=None, scale=scale)
-            for arm, (label, colour, marker) in ARMS.items():
-                mine = [row for row in rows if (row["schedule"], row["variant"]) == arm]
-                found = spread(mine, lambda row: row["steps"], lambda row: row["fd_judge"])
-                x = sorted(found)
-                if x:
-                    plot.errorbar(
-                        x, [found[k].mean for k in x], [found[k].deviation for k in x],
-                        color=colour, marker=marker, label=label, capsize=2, elinewidth=1, linewidth=1.6,
-                    )  # fmt: skip
+            _draw_arms(plot, rows, "steps")
             plot.set(xlabel="evaluations of the network", ylabel="distance by the judge", xscale="log")
             ticks = sorted({row["steps"] for row in rows})
             plot.set_xticks(ticks, [str(tick) for tick in ticks])
             plot.minorticks_off()
             plot.set_title(f"{name}, {title}", loc="left", color=INK)
-        axes[0, column].legend(frameon=False, fontsize=10)
+        line[0].legend(frameon=False, fontsize=10)
     return figure
+
+
+def scales(evidence: Evidence) -> Any:
+    """The judge's distance against the scale of AutoGuidance and of classifier-free guidance; 1 is none."""
+    names = [name for name in evidence.sets() if len(_seen(evidence, name, "scale")) > 2]
+    if not names:
+        return None
+    figure, axes = _figure(len(names), 2)
+    for line, name in zip(axes, names, strict=True):
+        for plot, free, title in zip(line, (False, True), ("AutoGuidance", "classifier-free"), strict=True):
+            rows = evidence.some_scores(data=name, scale=None, free=None)
+            rows = [row for row in rows if len(row["scale"]) < 2 and (row["free"] == free or not row["scale"])]
+            _draw_arms(plot, [row | {"w": (row["scale"] or (1.0,))[0]} for row in rows], "w")
+            ticks = (1.0, *SCALES)
+            plot.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            plot.set(xlabel="scale w", ylabel="distance by the judge", ylim=(0, None))
+            plot.set_title(f"{name}, {title}", loc="left", color=INK)
+        line[0].legend(frameon=False, fontsize=10)
+    return figure
+
+
+def _seen(evidence: Evidence, name: str, key: str) -> set[Any]:
+    return {row[key] for row in evidence.some_scores(data=name, steps=None, scale=None, free=None) if _arm(row) in ARMS}
+
+
+def _draw_arms(plot: Any, rows: list[Row], key: str) -> None:
+    """A line for each arm: the judge's distance against `key`, mean and standard deviation."""
+    for arm, (label, colour, marker) in ARMS.items():
+        found = spread([row for row in rows if _arm(row) == arm], lambda row: row[key], lambda row: row["fd_judge"])
+        x = sorted(found)
+        if x:
+            plot.errorbar(
+                x, [found[k].mean for k in x], [found[k].deviation for k in x],
+                color=colour, marker=marker, label=label, capsize=2, elinewidth=1, linewidth=1.6,
+            )  # fmt: skip
+
+
+def _arm(row: Row) -> tuple[str, str]:
+    return row["schedule"], row["variant"]
 
 
 FAMILIES: dict[str, tuple[str, str, str, tuple[float, float]]] = {
@@ -161,7 +213,7 @@ def oracle(evidence: Evidence) -> Any:
     if not any(row["schedule"].startswith("mix") for row in evidence.some_scores(data=name)):
         return None
     figure, axes = _figure(1, 2)
-    for plot, scale, title in zip(axes[0], ((), (1.5,)), ("without guidance", "AutoGuidance 1.5"), strict=True):
+    for plot, (scale, title) in zip(axes[0], GUIDANCES.items(), strict=True):
         rows = evidence.some_scores(data=name, scale=scale)
         for kind, (label, colour, marker, where) in FAMILIES.items():
             mine = [row for row in rows if _family(row) == kind and _delay(evidence, row) > FARTHEST]

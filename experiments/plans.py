@@ -20,6 +20,9 @@ FIXED = ("synchronous", "cascaded", "shifted:1,3")
 EVALUATIONS = (6, 8, 12)
 CONVERGED = 60
 GUIDED = (1.5,)
+SCALES = (1.25, 1.5, 2.0, 3.0)
+DETAILED = "fashion-mnist"
+"""The set on which arms are also scored at few evaluations and early in the training."""
 PATHS = ("path/information:0", "path/information:0.02", "path/uniform:0", "path/uniform:0.02")
 
 Plan = Callable[[str, int], Iterator[Task]]
@@ -51,7 +54,7 @@ def probes(data: str, seed: int) -> Iterator[Task]:
 def quality(data: str, seed: int) -> Iterator[Task]:
     """Images along the learned schedule and along fixed ones (Tables 1 and 2)."""
     for training in _main_arms(data, seed):
-        yield from _scored(training)
+        yield from _scored(training, brief=data != DETAILED)
 
 
 def converged(data: str, seed: int) -> Iterator[Task]:
@@ -101,12 +104,20 @@ def transfer(data: str, seed: int) -> Iterator[Task]:
             yield from _scored(Training(data, encoder, seed, schedule), brief=True)
 
 
+def scales(data: str, seed: int) -> Iterator[Task]:
+    """Every arm at its own best scale: AutoGuidance and classifier-free guidance, constant."""
+    for training in _main_arms(data, seed):
+        for free in (False, True):
+            for scale in SCALES:
+                yield Score(data, "middle", seed, training, scale=(scale,), free=free)
+
+
 def guidance(data: str, seed: int) -> Iterator[Task]:
-    """AutoGuidance and classifier-free guidance: constant, by group, within intervals and along global time."""
+    """Guidance of one group alone, within intervals and changing along global time."""
     for schedule in (f"learned:{LEARNED:g}", "synchronous"):
         score = Score(data, "middle", seed, Training(data, "middle", seed, schedule))
         for free in (False, True):
-            for scale in ((1.25,), (1.5,), (2.0,), (3.0,), (2.0, 1.0), (1.0, 2.0)):
+            for scale in ((2.0, 1.0), (1.0, 2.0)):
                 yield replace(score, scale=scale, free=free)
             for interval in ((0.0, 0.5), (0.25, 0.75), (0.5, 1.0)):
                 yield replace(score, scale=(2.0,), interval=interval, free=free)
@@ -117,7 +128,8 @@ def guidance(data: str, seed: int) -> Iterator[Task]:
 PLANS: dict[str, Plan] = {
     plan.__name__: plan
     for plan in (
-        lambdas, encoders, quality, converged, probes, oracle, independent, objectives, ablations, guidance, transfer,
+        lambdas, encoders, quality, converged, scales, guidance, probes, oracle, independent, objectives, ablations,
+        transfer,
     )
 }  # fmt: skip
 

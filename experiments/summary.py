@@ -15,7 +15,7 @@ from pathlib import Path
 
 from experiments import figures
 from experiments.collect import KEPT, Evidence, Row, Spread, spread
-from experiments.plans import CONVERGED, EVALUATIONS, LEARNED
+from experiments.plans import CONVERGED, EVALUATIONS, LEARNED, SCALES
 from experiments.sets import ENCODERS
 from lwd.files import write_atomically
 
@@ -145,8 +145,9 @@ def evaluations(evidence: Evidence) -> str:
             )
             for title, wanted in by.items()
         }
+        found = {title: column for title, column in found.items() if column}
         arms = list(dict.fromkeys(key for column in found.values() for key in column))
-        if arms:
+        if len(found) > 2:  # more than with and without guidance
             rows = [[arm_name(*key), *(c[key].text(2) if key in c else "" for c in found.values())] for key in arms]
             parts.append(markdown([name, *found], rows))
     return "\n\n".join(parts)
@@ -177,6 +178,34 @@ def others(evidence: Evidence) -> str:
                 head = [f"{name}, {encoder} semantic latents", TITLES["fd_judge"], TITLES["fd_embedded"]]
                 head += ["judge, AutoGuidance 1.5", "judge's distance to the learned one's", "seeds"]
                 parts.append(markdown(head, lines))
+    return "\n\n".join(parts)
+
+
+def scales(evidence: Evidence) -> str:
+    """The judge's distance of every arm by the scale of guidance; the best scale of each in bold."""
+    parts = []
+    for name in evidence.sets():
+        rows = [row for row in evidence.some_scores(data=name, scale=None, free=None) if main_arm(row)]
+        rows = [row for row in rows if len(row["scale"]) < 2]
+        ways: dict[str, tuple[bool, tuple[float, ...]]] = {"none": (False, ())}
+        ways |= {f"{kind} {w:g}": (kind == "CFG", (w,)) for kind in ("AutoGuidance", "CFG") for w in SCALES}
+        found = spread(rows, lambda row: (arm(row), row["free"], row["scale"]), lambda row: row["fd_judge"])
+        ways = {title: way for title, way in ways.items() if any(key[1:] == way for key in found)}
+        if len(ways) < 3:
+            continue
+        lines = []
+        for key in sorted(
+            {key[0] for key in found}, key=lambda key: min(v.mean for k, v in found.items() if k[0] == key)
+        ):
+            mine = {title: found[key, *way] for title, way in ways.items() if (key, *way) in found}
+            best = {
+                min(some, key=lambda title: mine[title].mean)
+                for some in ([t for t in mine if kind in t] for kind in ("AutoGuidance", "CFG"))
+                if some
+            }
+            cells = [mine[title].text(2) if title in mine else "" for title in ways]
+            lines.append([arm_name(*key), *(f"**{c}**" if t in best else c for t, c in zip(ways, cells, strict=True))])
+        parts.append(markdown([name, *ways], lines))
     return "\n\n".join(parts)
 
 
@@ -263,7 +292,7 @@ def paths(evidence: Evidence) -> str:
 
 
 TABLES: dict[str, Table] = {
-    table.__name__: table for table in (lambdas, probes, quality, evaluations, others, paths, guidance, cost)
+    table.__name__: table for table in (lambdas, probes, quality, evaluations, others, paths, scales, guidance, cost)
 }
 
 

@@ -93,6 +93,7 @@ def test_from_tasks_to_the_page(places, tmp_path, monkeypatch, capsys):
         *(Probe(DATA, encoder, 0, 0.02) for encoder in ("weak", "strong")),
         Probe(DATA, "middle", 0, 0.02, "frozen"), Probe(DATA, "middle", 0, 0.02, "fourfold"),
         Score(DATA, "middle", 0, synchronous), replace(score, part=0.5), replace(score, scale=(2.0,), free=True),
+        replace(score, scale=(1.5,)),
         replace(score, scale=(2.0,), interval=(0.25, 0.75)), score,
         Score(DATA, "middle", 0, Training(DATA, "middle", 0, "mix:0.5")),
         Score(DATA, "middle", 0, Training(DATA, "middle", 0, "independent"), along="path/uniform:0.02"),
@@ -108,7 +109,7 @@ def test_from_tasks_to_the_page(places, tmp_path, monkeypatch, capsys):
     assert runner.run()
 
     kept, page = tmp_path / "kept", tmp_path / "page.md"
-    names = ["lambdas", "probes", "quality", "evaluations", "others", "paths", "guidance", "cost"]
+    names = ["lambdas", "probes", "quality", "evaluations", "others", "paths", "scales", "guidance", "cost"]
     page.write_text("".join(f"<!-- table {name} -->\noutdated\n<!-- end -->\n" for name in names), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["collect", "--out", str(places.out), "--kept", str(kept)])
     collect.main()
@@ -117,7 +118,7 @@ def test_from_tasks_to_the_page(places, tmp_path, monkeypatch, capsys):
     drawn = capsys.readouterr().out.split()
     assert all(
         (kept / f"{name}.png").stat().st_size > 10_000
-        for name in ("lambdas", "probes", "quality", "oracle", "surfaces")
+        for name in ("lambdas", "probes", "arms", "scales", "oracle", "surfaces")
     )
     assert str(kept / "oracle.png") in drawn
 
@@ -132,12 +133,14 @@ def test_from_tasks_to_the_page(places, tmp_path, monkeypatch, capsys):
     assert f"| learned, λ 0.02 | {row['fd_judge']:.2f} |" in text
     assert f"| frozen |  |  | {frozen['delay']:.3f} |" in text
     assert "| CFG, w = 2 |" in text
+    (guided,) = evidence.some_scores(scale=(1.5,))
+    assert f"| learned, λ 0.02 | {row['fd_judge']:.2f} | **{guided['fd_judge']:.2f}** | **" in text
     assert "| AutoGuidance, w = 2, t in [0.25, 0.75] |" in text
     assert "| real training images |" in text
     assert "| independent times, along best path, weights uniform, λ 0.02 |" in text
     assert "| information | 0.02 |" in text
     # What is kept is what `lwd report` reads.
-    assert len(collect_for_report([kept]).results) == 7
+    assert len(collect_for_report([kept]).results) == 8
 
 
 def test_spread():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from experiments.collect import Evidence, Row, spread
-from experiments.plans import LEARNED, SCALES
+from experiments.plans import AUTO_SCALES, FREE_SCALES, LEARNED
 from experiments.sets import ENCODERS
 from lwd.files import write_atomically
 from lwd.latents import LatentSpec
@@ -44,7 +44,7 @@ def draw(evidence: Evidence, folder: Path) -> list[Path]:
 
     made = []
     with matplotlib.rc_context(STYLE):
-        for figure in (lambdas, probes, arms, quality, scales, oracle, surfaces):
+        for figure in (lambdas, probes, convergence, arms, quality, scales, oracle, surfaces):
             drawn = figure(evidence)
             if drawn is not None:
                 path = folder / f"{figure.__name__}.png"
@@ -116,6 +116,37 @@ def probes(evidence: Evidence) -> Any:
     return figure
 
 
+HISTORIES: dict[str, tuple[str, str]] = {
+    "paper": ("300 steps, three seeds", ink("learned")),
+    "fourfold": ("1,200 steps", INK),
+    "from-middle": ("from the middle of the family", ink("synchronous")),
+    "from-extreme": ("from the extreme", ink("offset")),
+    "rho-lr-third": ("rho at a third of the rate", ink("weak")),
+    "frozen": ("denoiser frozen", ink("autoguidance")),
+}
+"""Variants of the probe whose course is drawn: label and colour."""
+
+
+def convergence(evidence: Evidence) -> Any:
+    """The delay of the current curve, step by step, for the paper's probe and some that start or go otherwise."""
+    name = evidence.sets()[0]
+    rows = evidence.some_probes(data=name, encoder="middle", kinetic=LEARNED)
+    if not any(row["variant"] == "fourfold" for row in rows):
+        return None
+    figure, axes = _figure(1, 1)
+    plot, shown = axes[0, 0], set[str]()
+    for variant, (label, colour) in HISTORIES.items():
+        for row in rows:
+            if row["variant"] == variant and (variant == "paper" or row["seed"] == 0):
+                x, y = zip(*row["delay_by_step"], strict=True)
+                plot.plot(x, y, color=colour, linewidth=1.5, label=None if variant in shown else label)
+                shown.add(variant)
+    plot.set(xlabel="steps of the probe", ylabel=f"delay at λ = {LEARNED:g}", ylim=(-0.05, 1.05))
+    plot.set_title(name, loc="left", color=INK)
+    plot.legend(frameon=False, fontsize=10, loc="lower right")
+    return figure
+
+
 def arms(evidence: Evidence) -> Any:
     """The judge's distance of every arm, a point for each seed: above without guidance, below with AutoGuidance."""
     names = [name for name in evidence.sets() if evidence.some_scores(data=name)]
@@ -164,15 +195,17 @@ def scales(evidence: Evidence) -> Any:
         return None
     figure, axes = _figure(len(names), 2)
     for line, name in zip(axes, names, strict=True):
-        for plot, free, title in zip(line, (False, True), ("AutoGuidance", "classifier-free"), strict=True):
+        ways = ((False, AUTO_SCALES, "AutoGuidance"), (True, FREE_SCALES, "classifier-free"))
+        for plot, (free, tried, title) in zip(line, ways, strict=True):
             rows = evidence.some_scores(data=name, scale=None, free=None)
             rows = [row for row in rows if len(row["scale"]) < 2 and (row["free"] == free or not row["scale"])]
             _draw_arms(plot, [row | {"w": (row["scale"] or (1.0,))[0]} for row in rows], "w")
-            ticks = (1.0, *SCALES)
+            plot.set(xlabel="scale w (1 is none)", ylabel="distance by the judge", xscale="log", ylim=(0, 7))
+            ticks = (1.0, *(w for w in tried if w not in (1.35, 1.7)))  # they would overlap
             plot.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-            plot.set(xlabel="scale w", ylabel="distance by the judge", ylim=(0, None))
+            plot.minorticks_off()
             plot.set_title(f"{name}, {title}", loc="left", color=INK)
-        line[0].legend(frameon=False, fontsize=10)
+        line[1].legend(frameon=False, fontsize=10, loc="lower left")
     return figure
 
 

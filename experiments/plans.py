@@ -20,7 +20,8 @@ FIXED = ("synchronous", "cascaded", "shifted:1,3")
 EVALUATIONS = (6, 8, 12)
 CONVERGED = 60
 GUIDED = (1.5,)
-SCALES = (1.25, 1.5, 2.0, 3.0)
+AUTO_SCALES = (1.25, 1.35, 1.5, 1.7, 2.0, 3.0)
+FREE_SCALES = (1.5, 2.0, 3.0, 5.0)
 DETAILED = "fashion-mnist"
 """The set on which arms are also scored at few evaluations and early in the training."""
 PATHS = ("path/information:0", "path/information:0.02", "path/uniform:0", "path/uniform:0.02")
@@ -107,8 +108,8 @@ def transfer(data: str, seed: int) -> Iterator[Task]:
 def scales(data: str, seed: int) -> Iterator[Task]:
     """Every arm at its own best scale: AutoGuidance and classifier-free guidance, constant."""
     for training in _main_arms(data, seed):
-        for free in (False, True):
-            for scale in SCALES:
+        for free, tried in ((False, AUTO_SCALES), (True, FREE_SCALES)):
+            for scale in tried:
                 yield Score(data, "middle", seed, training, scale=(scale,), free=free)
 
 

@@ -13,18 +13,23 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from experiments import figures
 from experiments.collect import KEPT, Evidence, Row, Spread, spread
-from experiments.plans import CONVERGED, EVALUATIONS, LEARNED, SCALES
-from experiments.sets import ENCODERS
+from experiments.plans import AUTO_SCALES, CONVERGED, EVALUATIONS, FREE_SCALES, LEARNED
+from experiments.sets import ENCODERS, SETS
 from lwd.files import write_atomically
+from lwd.schedules import Schedule
 
 PAGE = Path("docs/results/evidence.md")
+LENGTHS = ("half", "paper", "double", "fourfold")
+PROBE_BATCH = 64
 LEARNED_ARM = (f"learned:{LEARNED:g}", "")
-METRICS = {"fd_judge": 2, "fd_embedded": 0, "precision": 3, "recall": 3, "accuracy": 3}
+METRICS = {"fd_judge": 2, "fd_embedded": 0, "precision": 3, "recall": 3, "accuracy": 3, "memorised": 2}
 TITLES = {
     "fd_judge": "distance, judge", "fd_embedded": "distance, embedded network", "precision": "precision",
-    "recall": "recall", "accuracy": "class accuracy",
+    "recall": "recall", "accuracy": "class accuracy", "memorised": "memorised",
 }  # fmt: skip
 
 Table = Callable[[Evidence], str]
@@ -112,8 +117,9 @@ def _all_metrics(rows: Sequence[Row], floor: Row) -> str:
         cells = [found[metric][key].text(digits) for metric, digits in METRICS.items()]
         lines.append([arm_name(*key), *cells, versus(better[key], reference), str(len(better[key].values))])
     if floor:
+        floor = floor | {"memorised": floor["memorised_heldout"]}  # of copies it says nothing
         cells = [f"{floor[metric]:.{digits}f}" for metric, digits in METRICS.items()]
-        lines.append(["real training images", *cells, "", ""])
+        lines.append(["real images", *cells, "", ""])
     return markdown(
         ["schedule", *TITLES.values(), "judge's distance to the learned one's, seed by seed", "seeds"], lines
     )
@@ -188,7 +194,8 @@ def scales(evidence: Evidence) -> str:
         rows = [row for row in evidence.some_scores(data=name, scale=None, free=None) if main_arm(row)]
         rows = [row for row in rows if len(row["scale"]) < 2]
         ways: dict[str, tuple[bool, tuple[float, ...]]] = {"none": (False, ())}
-        ways |= {f"{kind} {w:g}": (kind == "CFG", (w,)) for kind in ("AutoGuidance", "CFG") for w in SCALES}
+        ways |= {f"AutoGuidance {w:g}": (False, (w,)) for w in AUTO_SCALES}
+        ways |= {f"CFG {w:g}": (True, (w,)) for w in FREE_SCALES}
         found = spread(rows, lambda row: (arm(row), row["free"], row["scale"]), lambda row: row["fd_judge"])
         ways = {title: way for title, way in ways.items() if any(key[1:] == way for key in found)}
         if len(ways) < 3:
@@ -242,27 +249,28 @@ def guidance(evidence: Evidence) -> str:
 
 
 def cost(evidence: Evidence) -> str:
-    """After which share of a probe its average of rho would have been final: by the delay of the current curve."""
-    rows = evidence.some_probes(encoder="middle", variant="paper", kinetic=LEARNED)
-    rows += evidence.some_probes(encoder="middle", variant="fourfold", kinetic=LEARNED)
-    within = (0.05, 0.02, 0.01)
+    """What probes of several lengths find, and how far that is from what the longest finds."""
     lines = []
     for name in evidence.sets():
-        for variant in ("paper", "fourfold"):
-            mine = [row for row in rows if row["data"] == name and row["variant"] == variant]
-            if mine:
-                found = [spread(mine, lambda _: 0, lambda row, w=w: settled(row, w))[0] for w in within]  # type: ignore[misc]
-                lines.append([name, str(mine[0]["steps"]), *(each.text(0) for each in found)])
-    return markdown(["", "steps of the probe", *(f"delay within {w:g} of the last" for w in within)], lines)
+        rows = evidence.some_probes(data=name, encoder="middle", kinetic=LEARNED)
+        longest = {row["seed"]: figures.curve_of(row) for row in rows if row["variant"] == LENGTHS[-1]}
+        rows = [
+            row | {"apart": _apart(figures.curve_of(row), longest[row["seed"]])}
+            for row in rows
+            if row["variant"] in LENGTHS and row["seed"] in longest
+        ]
+        delays = spread(rows, lambda row: row["steps"], lambda row: row["delay"])
+        apart = spread(rows, lambda row: row["steps"], lambda row: row["apart"])
+        for steps in sorted(delays):
+            images = PROBE_BATCH * steps / (SETS[name].steps * SETS[name].batch)
+            lines.append([name, str(steps), f"{100 * images:.0f} %", delays[steps].text(3), apart[steps].text(3)])
+    head = ["", "steps of the probe", "images, as a share of the training's", "delay"]
+    return markdown([*head, "farthest from the longest probe's curve"], lines)
 
 
-def settled(row: Row, within: float) -> float:
-    """The step from which on the current curve's delay stays this near to the result's."""
-    last = 0.0
-    for step, delay in row["delay_by_step"]:
-        if abs(delay - row["delay"]) > within:
-            last = step
-    return last
+def _apart(one: Schedule, other: Schedule) -> float:
+    tau = torch.linspace(0, 1, 501)
+    return float((one(tau).t - other(tau).t).abs().max())
 
 
 def paths(evidence: Evidence) -> str:

@@ -136,7 +136,7 @@ def test_from_tasks_to_the_page(places, tmp_path, monkeypatch, capsys):
     (guided,) = evidence.some_scores(scale=(1.5,))
     assert f"| learned, λ 0.02 | {row['fd_judge']:.2f} | **{guided['fd_judge']:.2f}** | **" in text
     assert "| AutoGuidance, w = 2, t in [0.25, 0.75] |" in text
-    assert "| real training images |" in text
+    assert "| real images |" in text
     assert "| independent times, along best path, weights uniform, λ 0.02 |" in text
     assert "| information | 0.02 |" in text
     # What is kept is what `lwd report` reads.

@@ -57,6 +57,7 @@ def main() -> None:
         for batch in chosen.batches:
             # A process of its own: the peak is that of this size and batch alone.
             command = [sys.executable, __file__, "--one", size, str(batch), "--device", chosen.device]
+            command += ["--compile"] if chosen.compile else []
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             seconds, memory = (float(word) for word in done.stdout.split()[-2:])
             config = lightningdit_config(size, IMAGENET_SPEC, input_size=16, num_classes=1000)

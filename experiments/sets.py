@@ -93,11 +93,11 @@ SETS = {
             semvae_steps=1500, judge_steps=1200, cost=Cost(0.15, 0.15, 0.03, 0.001, 0.004),
         ),
         DataSet(
-            "openmoji", size=64, grey=False, features=128, flips=False, steps=700, batch=32, images=500,
+            "openmoji", size=64, grey=False, features=128, flips=False, steps=2800, batch=32, images=500,
             semvae_steps=1000, judge_steps=400, cost=Cost(0.35, 0.35, 0.06, 0.004, 0.006),
         ),
         DataSet(
-            "elpv", size=64, grey=True, features=128, flips=True, steps=700, batch=32, images=500,
+            "elpv", size=64, grey=True, features=128, flips=True, steps=2800, batch=32, images=500,
             semvae_steps=1000, judge_steps=400, cost=Cost(0.35, 0.35, 0.06, 0.004, 0.006),
         ),
     )

@@ -45,3 +45,11 @@ def test_every_command_of_the_readme_exists():
 def test_every_file_the_readme_links_exists():
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README.read_text()):
         assert (README.parent / target).exists(), target
+
+
+def test_every_public_name_has_a_line_in_the_list_of_names():
+    page = (README.parent / "docs" / "api.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`(?:lwd\.)?(\w+)`", page))
+    assert set(lwd.__all__) <= named
+    assert set(lwd._SUBPACKAGES) <= named
+    assert all(hasattr(lwd, name) for name in named - {"lwd"})

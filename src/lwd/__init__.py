@@ -65,7 +65,10 @@ _HOMES = {
     "lwd.training": ("OptimizerConfig", "TrainConfig", "TrainResult", "train"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
-_SUBPACKAGES = ("backbones", "data", "encoders", "evaluation", "generation", "report")
+_SUBPACKAGES = (
+    "backbones", "data", "encoders", "evaluation", "generation", "latents", "memory", "recipes", "report", "schedules",
+    "solvers",
+)  # fmt: skip
 
 __all__ = [
     "IMAGENET_SPEC",

@@ -110,6 +110,10 @@ class AutoGuidance(_Guidance):
         interval: local times [from, to] in which a group is guided, one for all groups or one per group; elsewhere it
             follows `main`.
         spec: the latent groups; by default those of `main`.
+
+    Raises:
+        ValueError: a scale that is not finite, an interval that is not 0 <= from < to <= 1, models of other groups;
+            when called, another number of scales or intervals than of groups.
     """
 
     def __init__(
@@ -144,6 +148,9 @@ class ClassifierFreeGuidance(_Guidance):
         null_label: the label that stands for "no label"; a LightningDiT's `null_label`.
         interval: local times [from, to] in which a group is guided, one for all groups or one per group.
         spec: the latent groups; by default those of `model`.
+
+    Raises:
+        ValueError: as `AutoGuidance`.
     """
 
     def __init__(

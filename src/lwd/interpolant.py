@@ -29,10 +29,12 @@ def interpolate(x0: Tensor, x1: Tensor, t: Tensor, spec: LatentSpec) -> Tensor:
 
 
 def target_velocity(x0: Tensor, x1: Tensor) -> Tensor:
-    """The sample's local velocity u_g = x1_g - x0_g (Eq. 4), in local time and so the same for all groups."""
+    """The sample's local velocity u_g = x1_g - x0_g (Eq. 4), in local time and so the same for all groups; all of them
+    [B, C, H, W]."""
     return x1 - x0
 
 
 def global_velocity(velocity: Tensor, dt: Tensor, spec: LatentSpec) -> Tensor:
-    """Local velocities turned into the velocity of the state in global time, V_g = t_g' v_g (Eq. 11, 13)."""
+    """Local velocities [B, C, H, W] and speeds dt = t' [B, G] to the velocity [B, C, H, W] of the state in global time,
+    V_g = t_g' v_g (Eq. 11, 13)."""
     return spec.expand(dt) * velocity

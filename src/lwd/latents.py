@@ -189,6 +189,12 @@ class Normalization:
 
     Latents are normalised before the flow and un-normalised before decoding. The statistics travel with shards,
     checkpoints and samples; `require_equal` compares them on use.
+
+    Attributes:
+        mean, std: a number per channel, [C].
+
+    Raises:
+        ValueError: other numbers of means than of deviations; a deviation that is not positive.
     """
 
     mean: tuple[float, ...]

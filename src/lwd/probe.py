@@ -31,11 +31,19 @@ class ProbeConfig:
     Attributes:
         burn_in: steps before rho enters the average.
         kinetic: lambda of Eq. 38.
-        jacobian: ``"detached"`` (the paper), ``"exact"`` or ``"information"``; see `lwd.schedule_objective`.
+        jacobian: ``"detached"`` (the paper), ``"exact"``, ``"information"`` or ``"none"``, which leaves the factor t'
+            out; see `lwd.schedule_objective`.
+        reduction, kinetic_reduction: how groups are summed in the flow loss and in the kinetic term; see there.
         degree: M of Eq. 40.
         rho: what rho [M + 1] of every curve starts from; close to the identity by default.
         optimizer: of the temporary denoiser.
         rho_lr: learning rate of rho, constant.
+        label_dropout: share of the images whose label is withheld.
+        flips: whether half of the images, at random, come mirrored.
+        precision: of matrix products; the curve and rho are float32.
+
+    Raises:
+        ValueError: a burn-in that is not shorter than the probe; another number of rho than `degree` + 1.
     """
 
     steps: int = 10_000

@@ -91,6 +91,9 @@ def sweep_kinetic(
         kinetics: the values of lambda, in any order.
         directory: each probe gets a folder ``lambda-<value>`` in it; finished and interrupted ones are continued.
         watch: who gets the log lines of the probe in a folder.
+
+    Raises:
+        ValueError: no lambda, or a negative one; what `learn_schedule` raises.
     """
     kinetics = tuple(sorted(set(kinetics)))
     if not kinetics or kinetics[0] < 0:
@@ -121,6 +124,9 @@ def bisect_kinetic(probe: Callable[[float], LearnedSchedule], low: float, high: 
 
     Returns:
         All probes made, and the weakest stable value among them; none when `high` collapsed too.
+
+    Raises:
+        ValueError: an interval that does not ascend from at least 0.
     """
     if not 0 <= low < high:
         raise ValueError(f"an interval of lambda must ascend from at least 0, not from {low:g} to {high:g}")

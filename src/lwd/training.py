@@ -57,7 +57,12 @@ EXECUTION = frozenset(
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its learning rate; the defaults are the paper's (Table 5)."""
+    """AdamW and its learning rate; the defaults are the paper's (Table 5).
+
+    Attributes:
+        warmup_steps: in which the rate rises from 0 in a straight line.
+        decay: of the rate afterwards, to 0 at the last step: ``"linear"``, ``"cosine"``, or none: ``"constant"``.
+    """
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)

@@ -44,8 +44,8 @@ def probe(
         out: directory of the sweep; run the same command again to continue an interrupted one.
         recipe: named experiment; `lwd recipes` lists them.
         kinetic: values of lambda; the recipe's by default.
-        jacobian: the estimator of rho's gradient: detached is the paper's, exact and information are others
-            (docs/training.md); the recipe's by default.
+        jacobian: the estimator of rho's gradient: detached is the paper's, none leaves the factor t' out, exact and
+            information are others (docs/equations.md); the recipe's by default.
         bisect: narrow down the least stable value between the smallest and the largest of them.
         split: share out the values of lambda over the processes instead of the batch.
         budget: factor on the probe's steps.

@@ -95,6 +95,9 @@ class OffsetSchedule(PiecewiseLinearSchedule):
         t_sem = min(1, (1+delta) tau),   t_tex = max(0, (1+delta) tau - delta)
 
     A group that has not started or has finished rests (dt = 0). delta = 0.3 in SFD; 0 is synchronous, 1 a cascade.
+
+    Raises:
+        ValueError: `delta` negative or not finite.
     """
 
     kind = "offset"

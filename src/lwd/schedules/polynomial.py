@@ -25,6 +25,9 @@ class PolynomialSchedule(Schedule):
         degree: M, the degree of f'. M = 4 in the paper.
         rho: initial parameters [G-1, M+1] (or [M+1] for two groups); by default close to the identity, with
             f(1/2) = 0.492 at M = 4.
+
+    Raises:
+        ValueError: fewer than two groups, a degree below 1, `rho` of another shape or not finite.
     """
 
     kind = "polynomial"

@@ -16,6 +16,9 @@ class ShiftedSchedule(Schedule):
 
     Args:
         shifts: a_g > 0 for every group; above 1 a group leads the global clock, below 1 it follows.
+
+    Raises:
+        ValueError: a shift that is not positive and finite; not one for each group.
     """
 
     kind = "shifted"

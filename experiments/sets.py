@@ -58,7 +58,8 @@ class DataSet:
         grey: one channel instead of three.
         features: side to which the feature network resizes images; its grid, a 16th of it, is that of the patches.
         flips: whether a mirrored image is one of the same kind.
-        steps: of training, before the budget; a probe takes what the demo's recipe gives it.
+        steps: of training, before the budget.
+        probe_steps: of a probe; larger images take longer until the curve moves.
         images: images per judged set, before the budget.
         semvae_steps: of the strong encoder's training.
         judge_steps: of the judge's training.
@@ -70,6 +71,7 @@ class DataSet:
     features: int
     flips: bool
     steps: int
+    probe_steps: int
     batch: int
     images: int
     semvae_steps: int
@@ -89,16 +91,16 @@ SETS = {
     data.name: data
     for data in (
         DataSet(
-            "fashion-mnist", size=32, grey=True, features=64, flips=False, steps=1400, batch=64, images=1000,
-            semvae_steps=1500, judge_steps=1200, cost=Cost(0.15, 0.15, 0.03, 0.001, 0.004),
+            "fashion-mnist", size=32, grey=True, features=64, flips=False, steps=1400, probe_steps=300,
+            batch=64, images=1000, semvae_steps=1500, judge_steps=1200, cost=Cost(0.1, 0.1, 0.03, 0.0007, 0.005),
         ),
         DataSet(
-            "openmoji", size=64, grey=False, features=128, flips=False, steps=2800, batch=32, images=500,
-            semvae_steps=1000, judge_steps=400, cost=Cost(0.35, 0.35, 0.06, 0.004, 0.006),
+            "openmoji", size=64, grey=False, features=128, flips=False, steps=2800, probe_steps=600,
+            batch=32, images=500, semvae_steps=1000, judge_steps=400, cost=Cost(0.17, 0.17, 0.02, 0.0025, 0.006),
         ),
         DataSet(
-            "elpv", size=64, grey=True, features=128, flips=True, steps=2800, batch=32, images=500,
-            semvae_steps=1000, judge_steps=400, cost=Cost(0.35, 0.35, 0.06, 0.004, 0.006),
+            "elpv", size=64, grey=True, features=128, flips=True, steps=2800, probe_steps=600,
+            batch=32, images=500, semvae_steps=1000, judge_steps=400, cost=Cost(0.17, 0.17, 0.02, 0.0025, 0.006),
         ),
     )
 }  # fmt: skip
@@ -170,7 +172,10 @@ def recipe_of(data: DataSet, latents: TensorLatents, *, weak: bool = False) -> R
         base.train, steps=steps, batch_size=data.batch, flips=data.flips,
         snapshots=() if weak else (steps // 4, steps // 2),
     )  # fmt: skip
-    probe = replace(base.probe, batch_size=data.batch, flips=data.flips)
+    burn_in = data.probe_steps * base.probe.burn_in // base.probe.steps
+    probe = replace(
+        base.probe, steps=data.probe_steps, burn_in=burn_in, batch_size=data.batch, flips=data.flips
+    )  # fmt: skip
     return replace(base, backbone=backbone, train=train, probe=probe)
 
 

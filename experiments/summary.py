@@ -24,7 +24,6 @@ from lwd.schedules import Schedule
 
 PAGE = Path("docs/results/evidence.md")
 LENGTHS = ("half", "paper", "double", "fourfold")
-PROBE_BATCH = 64
 LEARNED_ARM = (f"learned:{LEARNED:g}", "")
 METRICS = {"fd_judge": 2, "fd_embedded": 0, "precision": 3, "recall": 3, "accuracy": 3, "memorised": 2}
 TITLES = {
@@ -262,9 +261,16 @@ def cost(evidence: Evidence) -> str:
         delays = spread(rows, lambda row: row["steps"], lambda row: row["delay"])
         apart = spread(rows, lambda row: row["steps"], lambda row: row["apart"])
         for steps in sorted(delays):
-            images = PROBE_BATCH * steps / (SETS[name].steps * SETS[name].batch)
-            lines.append([name, str(steps), f"{100 * images:.0f} %", delays[steps].text(3), apart[steps].text(3)])
-    head = ["", "steps of the probe", "images, as a share of the training's", "delay"]
+            lines.append(
+                [
+                    name,
+                    str(steps),
+                    f"{100 * steps / SETS[name].steps:.0f} %",
+                    delays[steps].text(3),
+                    apart[steps].text(3),
+                ]
+            )
+    head = ["", "steps of the probe", "as a share of the training's, same batch", "delay"]
     return markdown([*head, "farthest from the longest probe's curve"], lines)
 
 

@@ -108,7 +108,8 @@ class Probe(Arm):
 
     def seconds(self, budget: float) -> float:
         change = PROBES[self.variant]
-        return 300 * budget * change.get("steps", 1.0) * self.cost.probe_step * change.get("batch_size", 64) / 64
+        images = change.get("batch_size", self.set.batch) / self.set.batch
+        return self.set.probe_steps * budget * change.get("steps", 1.0) * images * self.cost.probe_step
 
     def run(self, places: Places, budget: float) -> None:
         recipe, latents = prepared(self, places, budget)

@@ -98,6 +98,12 @@ def ablations(data: str, seed: int) -> Iterator[Task]:
     yield from _scored(Training(data, "middle", seed, "offset:0.3"), brief=True)
 
 
+def plain(data: str, seed: int) -> Iterator[Task]:
+    """The curves alone: all arms trained alike, with the correction and without the cosine term."""
+    for schedule in (f"learned:{LEARNED:g}", "offset:0.3", *FIXED):
+        yield from _scored(Training(data, "middle", seed, schedule, "no-cosine"), brief=True)
+
+
 def transfer(data: str, seed: int) -> Iterator[Task]:
     """Curves of one encoder's latents used with another's."""
     for encoder in ("weak", "strong"):
@@ -130,7 +136,7 @@ PLANS: dict[str, Plan] = {
     plan.__name__: plan
     for plan in (
         lambdas, encoders, quality, converged, scales, guidance, probes, oracle, independent, objectives, ablations,
-        transfer,
+        plain, transfer,
     )
 }  # fmt: skip
 

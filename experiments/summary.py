@@ -24,6 +24,7 @@ from lwd.schedules import Schedule
 
 PAGE = Path("docs/results/evidence.md")
 LENGTHS = ("half", "paper", "double", "fourfold")
+PLAIN = "no-cosine"
 LEARNED_ARM = (f"learned:{LEARNED:g}", "")
 METRICS = {"fd_judge": 2, "fd_embedded": 0, "precision": 3, "recall": 3, "accuracy": 3, "memorised": 2}
 TITLES = {
@@ -91,12 +92,22 @@ def probes(evidence: Evidence) -> str:
 
 def quality(evidence: Evidence) -> str:
     """All metrics of the arms of each set, without and with AutoGuidance, and the floor."""
+    return _compared(evidence, main_arm, "")
+
+
+def plain(evidence: Evidence) -> str:
+    """The same for arms trained alike, with the correction and without the cosine term."""
+    return _compared(evidence, lambda row: row["variant"] == PLAIN, PLAIN)
+
+
+def _compared(evidence: Evidence, chosen: Callable[[Row], bool], variant: str) -> str:
     parts = []
     for name in evidence.sets():
-        for scale, words in (((), "without guidance"), ((1.5,), "AutoGuidance 1.5")):
-            rows = [row for row in evidence.some_scores(data=name, scale=scale) if main_arm(row)]
+        for scale, words in figures.GUIDANCES.items():
+            rows = [row for row in evidence.some_scores(data=name, scale=scale) if chosen(row)]
             if rows:
-                parts.append(f"{name}, {words}:\n\n" + _all_metrics(rows, {} if scale else evidence.floors[name]))
+                floor = {} if scale else evidence.floors[name]
+                parts.append(f"{name}, {words}:\n\n" + _all_metrics(rows, floor, (LEARNED_ARM[0], variant)))
     return "\n\n".join(parts)
 
 
@@ -107,10 +118,10 @@ def main_arm(row: Row) -> bool:
     return arm(row) == LEARNED_ARM or fixed or offset
 
 
-def _all_metrics(rows: Sequence[Row], floor: Row) -> str:
+def _all_metrics(rows: Sequence[Row], floor: Row, learned: tuple[str, str]) -> str:
     found = {metric: spread(rows, arm, lambda row, m=metric: row[m]) for metric in METRICS}  # type: ignore[misc]
     better = spread(rows, arm, lambda row: row["fd_judge"])
-    reference = better.get(LEARNED_ARM)
+    reference = better.get(learned)
     lines = []
     for key in sorted(better, key=lambda key: better[key].mean):
         cells = [found[metric][key].text(digits) for metric, digits in METRICS.items()]
@@ -167,6 +178,7 @@ def others(evidence: Evidence) -> str:
             guided = evidence.some_scores(data=name, encoder=encoder, scale=(1.5,))
             if all(main_arm(row) for row in rows) and encoder == "middle":
                 continue
+            rows = [row for row in rows if row["variant"] != PLAIN]
             keep = [row for row in rows if not main_arm(row) or row["schedule"] in ("synchronous", LEARNED_ARM[0])]
             if keep:
                 with_guidance = spread(guided, arm, lambda row: row["fd_judge"])
@@ -306,7 +318,8 @@ def paths(evidence: Evidence) -> str:
 
 
 TABLES: dict[str, Table] = {
-    table.__name__: table for table in (lambdas, probes, quality, evaluations, others, paths, scales, guidance, cost)
+    table.__name__: table
+    for table in (lambdas, probes, quality, plain, evaluations, others, paths, scales, guidance, cost)
 }
 
 

@@ -109,7 +109,7 @@ def test_from_tasks_to_the_page(places, tmp_path, monkeypatch, capsys):
     assert runner.run()
 
     kept, page = tmp_path / "kept", tmp_path / "page.md"
-    names = ["lambdas", "probes", "quality", "evaluations", "others", "paths", "scales", "guidance", "cost"]
+    names = ["lambdas", "probes", "quality", "plain", "evaluations", "others", "paths", "scales", "guidance", "cost"]
     page.write_text("".join(f"<!-- table {name} -->\noutdated\n<!-- end -->\n" for name in names), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["collect", "--out", str(places.out), "--kept", str(kept)])
     collect.main()

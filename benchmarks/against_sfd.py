@@ -5,8 +5,8 @@
 
 A step is forward, loss (offset 0.3, cosine term; with --repa REPA too), backward, AdamW and the moving average. SFD is
 compiled as it comes, by its decorators. Every contender runs in a process of its own, several times in turns: ours as
-the command line runs it, which keeps freed memory, and "lwd compiled, as a library" without that. Ratios are of medians.
-Before, the velocities of both for one batch are compared.
+the command line runs it, which keeps freed memory, and "lwd compiled, as a library" without that. Ratios are of
+medians. Before, the velocities of both for one batch are compared.
 """
 
 from __future__ import annotations

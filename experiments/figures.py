@@ -233,6 +233,7 @@ FAMILIES: dict[str, tuple[str, str, str, tuple[float, float]]] = {
     "mix": ("(1 − A) τ + A τ⁵, synchronous at 0", MUTED, "o", (0, 0)),
     "learned": ("learned, λ as written", ink("learned"), "o", (-4, -17)),
     "offset": ("offset as written, uncorrected", ink("offset"), "s", (6, 6)),
+    "corrected": ("offset with the correction", ink("offset"), "P", (6, -14)),
     "path": ("best paths through the errors, λ as written", ink("autoguidance"), "D", (-12, 9)),
 }
 """Label, colour, marker, and where what is written stands."""
@@ -312,7 +313,7 @@ def _family(row: Row) -> str:
     if kind == "synchronous" and not row["variant"]:
         return "mix"
     if kind == "offset":
-        return "offset" if row["variant"] == "uncorrected" else ""
+        return {"uncorrected": "offset", "": "corrected"}.get(row["variant"], "")
     if "along" in row["schedule"] or row["variant"]:
         return ""
     return "path" if kind.startswith("path/") else kind

@@ -27,8 +27,9 @@ from lwd.probe import learn_schedule
 from lwd.recipes import Recipe, make_schedule
 from lwd.runs import initial_denoiser, write_run_config
 from lwd.schedules import PolynomialSchedule, Schedule, load_schedule, schedule_from_dict
+from lwd.steps import OptimizerConfig
 from lwd.surface import Weights, measure_surface
-from lwd.training import OptimizerConfig, train
+from lwd.training import train
 
 PROBES: dict[str, dict[str, Any]] = {
     "paper": {},

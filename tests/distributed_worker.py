@@ -17,7 +17,8 @@ from lwd.loop import PreemptedError
 from lwd.parallel import whole_state
 from lwd.probe import ProbeConfig, learn_schedule
 from lwd.schedules import OffsetSchedule
-from lwd.training import OptimizerConfig, TrainConfig, train
+from lwd.steps import OptimizerConfig
+from lwd.training import TrainConfig, train
 
 SPEC = LatentSpec([Group("texture", 3, 1.0), Group("semantic", 2, 1.5)])
 TRAIN = TrainConfig(

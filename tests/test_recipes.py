@@ -14,7 +14,6 @@ from lwd.cost import (
     PAPER_IMAGES_PER_SECOND,
     RTX4090,
     activation_bytes,
-    cost_of,
     forward_flops,
     parameter_count,
     state_bytes,
@@ -22,6 +21,7 @@ from lwd.cost import (
 from lwd.latents import IMAGENET_SPEC, Group
 from lwd.objective import repa_alignment
 from lwd.recipes import ITERATIONS_PER_EPOCH, PAPER_SWEEP, RECIPES, Published, get_recipe, make_schedule, table
+from lwd.recipes.budget import cost_of
 from lwd.schedules import OffsetSchedule, PolynomialSchedule, SynchronousSchedule
 
 DEMO, WEAK, S, B, XL, BIG = 5_010_592, 690_852, 32_459_200, 130_090_800, 674_339_184, 1_027_880_496

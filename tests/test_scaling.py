@@ -15,7 +15,8 @@ from lwd.loop import Hook, _mean_metrics, run_job
 from lwd.metrics import MetricsLog, TensorBoard, flat
 from lwd.parallel import Average, Trained, adamw, guarded_step
 from lwd.probe import learn_schedule
-from lwd.training import EXECUTION, by_time, train
+from lwd.steps import EXECUTION, by_time
+from lwd.training import train
 from lwd.validation import HORIZON, Validation
 from networks import SMALL, inputs, random_model
 

@@ -21,8 +21,9 @@ from lwd.probe import (
 )
 from lwd.randomness import stream
 from lwd.schedules import IndependentTimes, OffsetSchedule, PolynomialSchedule, SynchronousSchedule, load_schedule
+from lwd.steps import OptimizerConfig
 from lwd.sweep import Sweep, bisect_kinetic, sweep_kinetic, weakest_stable
-from lwd.training import OptimizerConfig, TrainConfig, train
+from lwd.training import TrainConfig, train
 
 SPEC = LatentSpec([Group("texture", 3, 1.0), Group("semantic", 2, 1.5)])
 

@@ -30,9 +30,10 @@ if TYPE_CHECKING:
         SynchronousSchedule,
         load_schedule,
     )
+    from lwd.steps import OptimizerConfig
     from lwd.surface import ErrorSurface, measure_surface
     from lwd.sweep import Sweep, bisect_kinetic, sweep_kinetic
-    from lwd.training import OptimizerConfig, TrainConfig, TrainResult, train
+    from lwd.training import TrainConfig, TrainResult, train
 
 __version__ = "0.1.0"
 
@@ -62,7 +63,8 @@ _HOMES = {
     ),
     "lwd.surface": ("ErrorSurface", "measure_surface"),
     "lwd.sweep": ("Sweep", "bisect_kinetic", "sweep_kinetic"),
-    "lwd.training": ("OptimizerConfig", "TrainConfig", "TrainResult", "train"),
+    "lwd.steps": ("OptimizerConfig",),
+    "lwd.training": ("TrainConfig", "TrainResult", "train"),
 }
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 _SUBPACKAGES = (

@@ -1,4 +1,4 @@
-"""What a recipe costs, on paper: operations, memory, GPU-hours.
+"""What a network costs, on paper: operations, memory, hours of a card.
 
 Operations are counted exactly (2 per multiply-add, matrix products and attention only, as
 `torch.utils.flop_counter` does); training is three times the forward pass. Memory is a count of what has to be held:
@@ -18,7 +18,6 @@ from lwd.latents import IMAGENET_SPEC
 
 if TYPE_CHECKING:
     from lwd.compute import Precision
-    from lwd.recipes.base import Recipe
 
 TRAINING_FACTOR = 3
 """Operations of a training step over those of its forward pass: the backward pass has two products for each one."""
@@ -29,11 +28,13 @@ FREE_SHARE = 0.1
 """Share of a card's memory left to the CUDA context, libraries' workspaces and fragmentation."""
 
 
-def _tokens(config: LightningDiTConfig) -> int:
+def token_count(config: LightningDiTConfig) -> int:
+    """Length of the sequence of one image."""
     return (config.input_size // config.patch_size) ** 2
 
 
-def _block_flops(config: LightningDiTConfig, tokens: int) -> int:
+def block_flops(config: LightningDiTConfig, tokens: int) -> int:
+    """Operations of one block for one image, forward."""
     width = config.hidden_size
     per_token = 4 * width**2 + 3 * width * config.mlp_hidden + 2 * tokens * width
     return 2 * (tokens * per_token + 6 * width**2)
@@ -51,11 +52,11 @@ def forward_flops(config: LightningDiTConfig, tokens: int | None = None, *, proj
         tokens: length of the sequence, if another than the configuration's.
         projector: count the REPA projector too, which runs in training only.
     """
-    n = _tokens(config) if tokens is None else tokens
+    n = token_count(config) if tokens is None else tokens
     width, patch = config.hidden_size, config.patch_size**2 * config.spec.channels
     clocks = sum(TIME_FREQUENCIES * w + w**2 for w in config.clock_widths)
     rest = clocks + 2 * n * patch * width + 2 * width**2 + (n * _projector_weights(config) if projector else 0)
-    return config.depth * _block_flops(config, n) + 2 * rest
+    return config.depth * block_flops(config, n) + 2 * rest
 
 
 def parameter_count(config: LightningDiTConfig, *, projector: bool = True) -> int:
@@ -103,7 +104,7 @@ def activation_bytes(
     """
     if not 0 <= recompute <= config.depth:
         raise ValueError(f"recompute {recompute} of {config.depth} blocks: choose 0 to {config.depth}")
-    n, width, heads = _tokens(config), config.hidden_size, config.num_heads
+    n, width, heads = token_count(config), config.hidden_size, config.num_heads
     c = 2 if precision == "bf16" else 4
     copies = 8 if precision == "bf16" else 0
     block = n * width * (16 + 10 * c + copies) + 4 * c * n * config.mlp_hidden + 4 * n * heads
@@ -170,100 +171,3 @@ def peak_of(device: str) -> float | None:
     # An H200 is an H100 with more memory.
     named = {"H100": H100, "H200": H100, "B200": B200, "4090": RTX4090}
     return next((card.peak for name, card in named.items() if name in device), None)
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one recipe costs.
-
-    Attributes:
-        parameters: trainable, the REPA projector included.
-        denoiser_parameters: without the projector, which sampling does not need.
-        forward: operations per image of the denoiser, without the projector.
-        training: operations of stage II.
-        probe: operations of one probe of stage I; 0 without one.
-        sweep: how many probes the recipe's sweep over lambda has.
-        batch: the global batch of stage II.
-        images, epochs: seen in stage II.
-        state: bytes of weights, gradients, optimizer and average; see `state_bytes`.
-        activations: bytes per image; see `activation_bytes`.
-        card: what the hours are of.
-    """
-
-    parameters: int
-    denoiser_parameters: int
-    forward: int
-    training: int
-    probe: int
-    sweep: int
-    batch: int
-    images: int
-    epochs: float
-    state: int
-    activations: int
-    card: Card
-
-    @property
-    def training_hours(self) -> float:
-        """GPU-hours of stage II."""
-        return self.card.hours(self.training)
-
-    @property
-    def probe_hours(self) -> float:
-        """GPU-hours of one probe."""
-        return self.card.hours(self.probe)
-
-    @property
-    def sweep_hours(self) -> float:
-        """GPU-hours of all probes of the sweep."""
-        return self.sweep * self.probe_hours
-
-    def memory(self, batch: int) -> int:
-        """Bytes on one GPU that takes `batch` images at a time."""
-        return self.state + batch * self.activations
-
-    def micro_batch(self, memory: int | None = None) -> int:
-        """Most images at a time that fit into a GPU, such that they divide the global batch.
-
-        Args:
-            memory: bytes of the GPU; the card's by default. A tenth is left free.
-
-        Raises:
-            ValueError: not even one image fits.
-        """
-        available = (self.card.memory if memory is None else memory) * (1 - FREE_SHARE)
-        for size in range(self.batch, 0, -1):
-            if self.batch % size == 0 and self.memory(size) <= available:
-                return size
-        raise ValueError(
-            f"one image needs {self.memory(1) / GIB:.1f} GiB, of which {self.state / GIB:.1f} GiB are weights, "
-            f"gradients, optimizer and average; {available / GIB:.1f} GiB can be used. Shard the model (FSDP), "
-            "or take a smaller one"
-        )
-
-
-def cost_of(recipe: Recipe, card: Card = H100, *, recompute: int = 0) -> Cost:
-    """What `recipe` costs on `card`, by the formulas of this module.
-
-    Args:
-        recompute: blocks that are run again in the backward pass, as `TrainConfig.recompute`: less memory, more work.
-    """
-    config, train, probe = recipe.backbone, recipe.train, recipe.probe
-    repa = train.repa > 0 and config.repa_depth is not None
-    forward = forward_flops(config)
-    again = recompute * _block_flops(config, _tokens(config))
-    parameters = parameter_count(config)
-    return Cost(
-        parameters=parameters,
-        denoiser_parameters=parameter_count(config, projector=False),
-        forward=forward,
-        training=recipe.images * (TRAINING_FACTOR * forward_flops(config, projector=repa) + again),
-        probe=0 if probe is None else probe.steps * probe.batch_size * TRAINING_FACTOR * forward,
-        sweep=0 if probe is None else len(recipe.kinetics),
-        batch=train.batch_size,
-        images=recipe.images,
-        epochs=recipe.epochs,
-        state=state_bytes(parameters, train.precision),
-        activations=activation_bytes(config, train.precision, projector=repa, recompute=recompute),
-        card=card,
-    )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lwd import distributed
 from lwd.checkpoints import Checkpoints
+from lwd.cost import peak_of
 from lwd.files import differences
 from lwd.metrics import MetricsLog, Watcher
 from lwd.progress import Progress
@@ -186,8 +187,6 @@ def _speed(images_per_second: float, operations: float | None) -> dict[str, floa
     """Images per second, and with the operations of one also those, and their share of what the GPUs' maker states."""
     if operations is None:
         return {"images_per_second": images_per_second}
-    from lwd.cost import peak_of
-
     achieved = images_per_second * operations
     speed = {"images_per_second": images_per_second, "operations_per_second": achieved}
     peak = peak_of(torch.cuda.get_device_name()) if torch.cuda.is_available() else None

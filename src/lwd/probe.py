@@ -18,7 +18,7 @@ from lwd.metrics import Watcher
 from lwd.objective import Jacobian, Reduction, schedule_objective
 from lwd.parallel import Trained, adamw, guarded_step, load_network_state, network_state
 from lwd.schedules import PolynomialSchedule
-from lwd.training import OptimizerConfig, backward_in_parts, check_groups, identity_of, machine_use, to_json
+from lwd.steps import OptimizerConfig, backward_in_parts, check_groups, identity_of, machine_use, to_json
 
 COLLAPSE_DELAY = 0.8
 """A probe whose mean curve has at least this delay (see `delay`) counts as collapsed."""

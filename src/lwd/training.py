@@ -2,35 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lwd import distributed
-from lwd.batches import Batches, LatentSource, TrainingBatch
+from lwd.backbones import LightningDiTConfig
+from lwd.batches import Batches, LatentSource
 from lwd.compute import Precision
+from lwd.cost import TRAINING_FACTOR, forward_flops
 from lwd.files import write_atomically, write_json
-from lwd.latents import LatentSpec
-from lwd.loop import COUNT, Hook, run_job
+from lwd.loop import Hook, run_job
 from lwd.metrics import Watcher
-from lwd.objective import (
-    Denoiser,
-    DenoiserTerms,
-    Jacobian,
-    Reduction,
-    Repa,
-    ScheduleTerms,
-    TimeDistribution,
-    denoiser_objective,
-)
+from lwd.objective import Denoiser, Jacobian, Reduction, Repa, TimeDistribution, denoiser_objective
 from lwd.parallel import (
     Average,
     Parallel,
@@ -42,40 +31,8 @@ from lwd.parallel import (
     whole_state,
 )
 from lwd.schedules import Schedule
+from lwd.steps import OptimizerConfig, backward_in_parts, check_groups, identity_of, machine_use
 from lwd.validation import Validation
-
-Decay = Literal["constant", "linear", "cosine"]
-BANDS = 10
-"""Bands of local time that losses are reported by."""
-
-EXECUTION = frozenset(
-    {"compile", "log_every", "save_seconds", "keep_last", "keep_every", "accumulate", "parallel", "recompute"}
-    | {"skip_non_finite", "validate_every"}
-)
-"""Settings that say how a run is carried out, not what it computes: a resumed run may change them."""
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW and its learning rate; the defaults are the paper's (Table 5).
-
-    Attributes:
-        warmup_steps: in which the rate rises from 0 in a straight line.
-        decay: of the rate afterwards, to 0 at the last step: ``"linear"``, ``"cosine"``, or none: ``"constant"``.
-    """
-
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    decay: Decay = "constant"
-
-    def factor(self, step: int, steps: int) -> float:
-        """What the learning rates are multiplied with at `step` of `steps`."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
-        return {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}[self.decay]
 
 
 @dataclass(frozen=True)
@@ -180,10 +137,12 @@ def train(
     schedule = schedule.frozen().to(device)
     check_groups(data, schedule, denoiser)
     directory = None if directory is None else Path(directory)
+    # A training at a constant rate may be made longer: its steps so far do not depend on how many there will be.
+    extendable = ("steps", "snapshots") if config.optimizer.decay == "constant" else ()
     parameters = sum(p.numel() for p in denoiser.parameters())
     job = _Training(denoiser.to(device), schedule, data, config, directory, torch.device(device))
     identity = {
-        "train": identity_of(config),
+        "train": identity_of(config, extendable=extendable),
         "latents": getattr(data, "fingerprint", None),
         "schedule": {key: schedule.to_dict()[key] for key in ("kind", "groups", "parameters")},
         "normalization": data.normalization.to_dict(),
@@ -324,87 +283,5 @@ class _Training:
     @property
     def operations(self) -> float | None:
         """Of one image in training, where the network says how large it is: three forward passes."""
-        from lwd.backbones import LightningDiTConfig
-        from lwd.cost import forward_flops
-
         config = getattr(self.denoiser, "config", None)
-        return 3.0 * forward_flops(config) if isinstance(config, LightningDiTConfig) else None
-
-
-def identity_of(config: Any) -> dict[str, Any]:
-    """What of a configuration a resumed run must not change, as JSON reads it back.
-
-    A training at a constant rate may be made longer: its steps so far do not depend on how many there will be.
-    """
-    extendable = (
-        {"steps", "snapshots"} if isinstance(config, TrainConfig) and config.optimizer.decay == "constant" else ()
-    )
-    return {key: value for key, value in to_json(config).items() if key not in EXECUTION.union(extendable)}
-
-
-def by_time(per_group: Tensor, t: Tensor, spec: LatentSpec) -> dict[str, Tensor]:
-    """The loss l_g of every group in `BANDS` bands of its local time, as sums and counts.
-
-    Args:
-        per_group: l_g of every sample, [B, G].
-        t: local times, [B, G].
-    """
-    band = (t * BANDS).long().clamp(0, BANDS - 1)
-    member = torch.nn.functional.one_hot(band, BANDS).to(per_group)
-    sums, counts = (per_group.detach()[:, :, None] * member).sum(dim=0), member.sum(dim=0)
-    result: dict[str, Tensor] = {}
-    for g, name in enumerate(spec.names):
-        result |= {f"loss_{name}_by_time": sums[g], f"loss_{name}_by_time{COUNT}": counts[g]}
-    return result
-
-
-def backward_in_parts(
-    forward: Trained,
-    batch: TrainingBatch,
-    count: int,
-    schedule: Schedule,
-    spec: LatentSpec,
-    objective: Callable[[TrainingBatch], ScheduleTerms | DenoiserTerms],
-) -> dict[str, Tensor]:
-    """Accumulate the gradients of `objective` over `count` equal parts of `batch`; returns the metrics of all of it."""
-    rows = []
-    for number, part in enumerate(batch.parts(count), start=1):
-        with forward.accumulating(last=number == count):
-            terms = objective(part)
-            (terms.total / count).backward()
-        named = {field.name: getattr(terms, field.name) for field in dataclasses.fields(terms)}
-        per_group = named.pop("per_group")
-        with torch.no_grad():
-            t = schedule(part.tau).t
-        rows.append(logged({"loss": named.pop("total"), **named}, per_group, spec) | by_time(per_group, t, spec))
-    return {name: torch.stack([row[name] for row in rows]).mean(dim=0) for name in rows[0]}
-
-
-def machine_use(batches: Batches, device: torch.device) -> dict[str, Any]:
-    """Seconds spent waiting for data since the last call, and the most memory of the GPU so far, in bytes."""
-    waited, batches.waited = batches.waited, 0.0
-    used = {"waited_for_data": waited}
-    return used | {"memory": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else used
-
-
-def logged(terms: dict[str, Tensor], per_group: Tensor, spec: LatentSpec) -> dict[str, Tensor]:
-    """The scalars of a log line: the terms, and the mean of every group's loss l_g from `per_group` [B, G]."""
-    by_group = {f"loss_{name}": loss for name, loss in zip(spec.names, per_group.mean(dim=0), strict=True)}
-    return {name: value.detach() for name, value in (terms | by_group).items()}
-
-
-def check_groups(data: LatentSource, schedule: Schedule, denoiser: nn.Module) -> None:
-    """ValueError unless data, schedule and denoiser mean the same groups."""
-    if schedule.names != data.spec.names:
-        raise ValueError(f"the schedule is for the groups {schedule.names}, the latents have {data.spec.names}")
-    spec = getattr(denoiser, "spec", None)
-    if spec is not None and spec.sizes != data.spec.sizes:
-        raise ValueError(
-            f"the denoiser is built for groups of {spec.sizes} channels, the latents have {data.spec.sizes}"
-        )
-
-
-def to_json(config: Any) -> dict[str, Any]:
-    """A configuration as JSON reads it back (tuples become lists)."""
-    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
-    return plain
+        return float(TRAINING_FACTOR * forward_flops(config)) if isinstance(config, LightningDiTConfig) else None

@@ -263,7 +263,7 @@ def _decoder(data: LatentSource) -> Callable[[Tensor], Tensor] | None:
 def _announce(recipe: Recipe, images: int, device: torch.device) -> None:
     """What will run, before it runs."""
     from lwd import distributed
-    from lwd.cost import cost_of
+    from lwd.recipes.budget import cost_of
 
     config, cost = recipe.train, cost_of(recipe)
     processes, epochs = distributed.world(), config.steps * config.batch_size / images

@@ -24,7 +24,7 @@ from lwd.encoders.semvae import SemVAE
 from lwd.loop import Hook, run_job
 from lwd.parallel import adamw, guarded_step, load_network_state, network_state
 from lwd.randomness import derived_seed, stream
-from lwd.training import identity_of
+from lwd.steps import identity_of
 
 
 class TensorFeatures:

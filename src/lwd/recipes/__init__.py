@@ -4,7 +4,7 @@ A recipe says everything that decides a run except where its data lie: latent gr
 training, and what was published for it. `lwd recipes` lists them; `lwd probe` and `lwd train` take one by name.
 
 How the work is divided among machines (processes, micro-batches, recomputed blocks) is no part of a recipe: the global
-batch is fixed here, and `lwd.cost` says what fits.
+batch is fixed here, and `lwd.recipes.budget` says what fits.
 """
 
 from __future__ import annotations

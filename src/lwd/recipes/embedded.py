@@ -9,7 +9,8 @@ from lwd.backbones import LightningDiTConfig, lightningdit_config
 from lwd.data.embedded import EMBEDDED_SPEC
 from lwd.probe import ProbeConfig
 from lwd.recipes.base import Recipe, recipe
-from lwd.training import OptimizerConfig, TrainConfig
+from lwd.steps import OptimizerConfig
+from lwd.training import TrainConfig
 
 # Minutes, not weeks: many small steps at a high rate beat fewer large ones in the same time.
 _DEMO_OPTIMIZER = OptimizerConfig(lr=3e-3, betas=(0.9, 0.95), warmup_steps=50, decay="linear")

@@ -17,7 +17,8 @@ from lwd.backbones import lightningdit_config
 from lwd.latents import IMAGENET_SPEC, Group, LatentSpec
 from lwd.probe import ProbeConfig
 from lwd.recipes.base import PAPER_SWEEP, Published, Recipe, recipe
-from lwd.training import OptimizerConfig, TrainConfig
+from lwd.steps import OptimizerConfig
+from lwd.training import TrainConfig
 
 TEXTURE_SPEC = LatentSpec([Group("texture", 32)])
 """LightningDiT's latents: no semantic group."""
@@ -251,5 +252,5 @@ def imagenet_lightningdit_repa() -> Recipe:
 @recipe
 def imagenet_b_24gb() -> Recipe:
     # The paper's batch of 256 does not fit into 24 GB at once; accumulating gradients over micro-batches
-    # (`lwd.cost.Cost.micro_batch`) leaves the run the same.
+    # (`lwd.recipes.budget.Cost.micro_batch`) leaves the run the same.
     return _lwd("imagenet-b-24gb", "LWD-B on one 24 GB GPU", 400_000, size="B")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import textwrap
 
-from lwd.cost import GIB, H100, Card, cost_of
+from lwd.cost import GIB, H100, Card
 from lwd.recipes.base import RECIPES, Published, Recipe
+from lwd.recipes.budget import cost_of
 
 _COLUMNS = ("name", "steps x batch", "epochs", "params", "GPU-h", "memory", "FID", "summary")
 _WIDTH = 120

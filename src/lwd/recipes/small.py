@@ -6,7 +6,8 @@ from lwd.backbones import lightningdit_config
 from lwd.latents import Group, LatentSpec
 from lwd.probe import ProbeConfig
 from lwd.recipes.base import PAPER_SWEEP, Recipe, recipe
-from lwd.training import OptimizerConfig, TrainConfig
+from lwd.steps import OptimizerConfig
+from lwd.training import TrainConfig
 
 CIFAR_SPEC = LatentSpec([Group("texture", 48, 1.0), Group("semantic", 16, 3.0)])
 """4x4 patches of colour pixels on an 8x8 grid, and 16 principal components; w_sem balances 48 against 16 channels."""

@@ -26,7 +26,7 @@ from torch import Tensor
 from experiments.images import DEFAULT_OUT, PARTS
 from experiments.sets import ENCODERS, SEMANTIC_CHANNELS, SETS, DataSet, Places, checked, judges_of
 from lwd import cli
-from lwd.data.feature_source import StoredFeatures, split
+from lwd.data.feature_source import StoredFeatures, hold_out
 from lwd.encoders.semvae import SemVAE, SemVAEConfig
 from lwd.encoders.semvae_training import SemVAETrainConfig, train_semvae
 from lwd.files import write_json
@@ -68,7 +68,7 @@ def train_strong(data: DataSet, places: Places, budget: float = 1.0) -> Path:
     if not (directory / "model" / "config.json").exists():
         device = pick_device()
         source = StoredFeatures(places.latents(data, "middle"))
-        training, validation = split(source, min(500, len(source) // 10), 0)
+        training, validation = hold_out(source, min(500, len(source) // 10), 0)
         torch.manual_seed(derived_seed(0, "semvae weights"))
         config = SemVAEConfig(features=source.width, channels=SEMANTIC_CHANNELS, width=192, depth=2, heads=6)
         steps = max(2, round(data.semvae_steps * min(budget, 1.0)))

@@ -141,3 +141,88 @@ def test_what_cannot_work_is_said_in_one_line(folder, tmp_path, capsys, argument
         cli.main(["encode", "--out", str(tmp_path / "out"), *filled])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_pca_is_not_taken_for_one_of_other_features(folder, tmp_path, capsys):
+    out = tmp_path / "set"
+    common = ["encode", "--data", str(folder), "--out", str(out), "--semantic", "pca:4", *OPTIONS]
+    cli.main([*common, "--dry-run"])
+    assert not (out / "encoders").exists()
+    cli.main(common)
+    fitted = (out / "encoders" / "pca.safetensors").read_bytes()
+    cli.main(common)  # the same command goes on
+    with pytest.raises(SystemExit):
+        cli.main([*common, "--features", "untrained:10:64"])
+    error = capsys.readouterr().err
+    assert "pca.safetensors was fitted to something else" in error
+    assert "network.seed: 'absent' there, 0 now" in error
+    with pytest.raises(SystemExit):
+        cli.main([*common, "--pca-images", "20"])
+    assert "count: 24 there, 20 now" in capsys.readouterr().err
+    assert (out / "encoders" / "pca.safetensors").read_bytes() == fitted
+
+
+def test_a_pca_from_elsewhere_is_kept_for_sets_to_come(folder, encoded, tmp_path, capsys):
+    file = encoded / "encoders" / "pca.safetensors"
+    out = tmp_path / "other"
+    cli.main(["encode", "--data", str(folder), "--out", str(out), "--semantic", f"pca:{file}", *OPTIONS])
+    cli.main(["encode", "--data", str(folder), "--out", str(tmp_path / "held"), "--like", str(out)])
+    held = LatentDataset.open(tmp_path / "held")
+    assert held.encoders["semantic"] == LatentDataset.open(encoded).encoders["semantic"]
+
+
+def test_like_refuses_options_that_would_have_no_say(folder, encoded, tmp_path, capsys):
+    common = ["encode", "--data", str(folder), "--out", str(tmp_path / "held"), "--like", str(encoded)]
+    with pytest.raises(SystemExit):
+        cli.main([*common, "--size", "64", "--no-flips"])
+    assert "leave out --size, --flips" in capsys.readouterr().err
+    cli.main(["encode", "--out", str(tmp_path / "embedded")])
+    with pytest.raises(SystemExit):
+        cli.main(
+            ["encode", "--data", str(folder), "--out", str(tmp_path / "x"), "--like", str(tmp_path / "embedded/train")]
+        )
+    assert "does not say how its images were read" in capsys.readouterr().err
+
+
+def test_held_out_latents_of_a_set_with_an_added_group(folder, encoded, tmp_path, monkeypatch, capsys):
+    import shutil
+
+    shutil.copytree(encoded, tmp_path / "train")
+    (tmp_path / "my_light.py").write_text(
+        "from torch.nn import functional as F\n\n\n"
+        "def light(images):\n    return F.avg_pool2d(images.float().mean(dim=1, keepdim=True), 8)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    cli.main(["encode", "--data", str(folder), "--out", "train", "--add", "light=my_light:light", "--weight", "3"])
+    cli.main(["encode", "--data", str(folder), "--out", "held", "--like", "train"])
+    printed = capsys.readouterr().out
+    advice = "lwd encode --out held --add light=my_light:light --like train"
+    assert f"Left out: light. Add it with {advice}" in printed
+    cli.main([*advice.split()[1:], "--data", str(folder)])
+    train, held = LatentDataset.open("train"), LatentDataset.open("held")
+    assert held.spec == train.spec
+    assert held.normalization == train.normalization
+    torch.testing.assert_close(held.to_memory().latents, train.to_memory().latents, rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_wrong_with_a_set_is_said_even_where_no_sheet_can_be_drawn(encoded, tmp_path, monkeypatch, capsys):
+    import shutil
+
+    from lwd.data import check
+
+    out = tmp_path / "set"
+    shutil.copytree(encoded, out)
+    shard = next(iter(sorted(out.glob("shard-*.safetensors"))))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(bytes(content))
+
+    def fail(*_, **__):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(check, "contact_sheet", fail)
+    with pytest.raises(SystemExit):
+        cli.main(["encode", "--out", str(out), "--check"])
+    printed = capsys.readouterr()
+    assert "There is no contact sheet: read-only" in printed.out
+    assert f"{shard.name} fails its checksum" in printed.err

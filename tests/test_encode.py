@@ -347,6 +347,30 @@ def test_a_group_is_added_without_touching_the_others(folder, tmp_path):
         add_group(directory, source, "edges", edges)
     with pytest.raises(ValueError, match=r"must be \[\d, C, 4, 4\]"):
         add_group(directory, source, "wrong", lambda images: torch.zeros(len(images), 1, 2, 2))
+    held, alike = tmp_path / "held", {"description": {"encoder": "edges"}}
+    Encoding(source, make_encoder(), CONFIG, held, normalization=data.normalization_of(data.spec.names[:3])).run()
+    for where, settings in ((directory, {}), (held, {"like": directory})):
+        assert add_group(where, source, "edges2", edges, weight=None if settings else 5.0, **alike, **settings)
+    train, other = LatentDataset.open(directory), LatentDataset.open(held)
+    assert other.spec.groups[3] == train.spec.groups[4]
+    assert other.normalization_of(("edges2",)) == train.normalization_of(("edges2",))
+    assert (
+        train.normalization_of(("texture", "edges2")).mean
+        == train.normalization.mean[:48] + train.normalization.mean[53:]
+    )
+    for settings, message in (
+        ({"like": held}, "held has no group 'edges3', only"),
+        (
+            {"like": directory, "description": {"encoder": "x"}},
+            "was made by {'encoder': 'edges'}, not by {'encoder': 'x'}",
+        ),
+        ({"like": directory, "weight": 2.0, **alike}, "the weight of 'edges4' in .* is 48, not 2"),
+    ):
+        name = "edges3" if "held" in str(settings["like"]) else "edges4"
+        if name == "edges4" and name not in LatentDataset.open(directory).spec.names:
+            add_group(directory, source, name, edges, **alike)
+        with pytest.raises(ValueError, match=message):
+            add_group(held, source, name, edges, **settings)
     (folder / "cat" / "03.png").unlink()
     with pytest.raises(ValueError, match=r"holds 'cat/03.png', which is not among the 10 images"):
         add_group(directory, FolderImages(folder), "depth", edges)
@@ -466,3 +490,13 @@ def test_killed_at_any_moment_the_command_goes_on(folder, tmp_path):
     assert contents(out) == contents(tmp_path / "whole")
     assert image_names(out / "shard-00005.safetensors") == ["dog/10.png"]
     assert (out / "manifest.json").read_bytes() == (tmp_path / "whole" / "manifest.json").read_bytes()
+
+
+def test_a_damaged_image_with_a_name_that_is_not_utf8_is_listed(folder, tmp_path):
+    with open(os.path.join(os.fsencode(folder), b"cat", b"caf\xe9.png"), "wb") as file:
+        file.write(b"no image")
+    config = EncodeConfig(size=16, shard_size=4, batch=3, workers=2, skip_corrupt=True)
+    assert Encoding(FolderImages(folder), make_encoder(), config, tmp_path / "set").run()
+    (row,) = [json.loads(line) for line in (tmp_path / "set" / "failed.jsonl").read_text().splitlines()]
+    assert row["image"] == "cat/caf\udce9.png"
+    assert len(LatentDataset.open(tmp_path / "set")) == 11

@@ -308,6 +308,7 @@ def test_every_source_gives_the_same_images(make, kind, tmp_path):
     for name, label in zip(NAMES, LABELS, strict=True):
         digest.update(f"{name}\0{label}\n".encode())
     expected = {"kind": kind, "path": str(place), "count": 9, "classes": 3, "names_sha256": digest.hexdigest()}
+    expected |= {"split": "train"} if kind == "hub" else {}
     assert source.describe() == expected
     assert open_images(place).describe() == json.loads(json.dumps(expected))
 
@@ -674,9 +675,22 @@ def test_a_split_is_chosen_by_name(tmp_path):
         HubImages(saved, split="val")
     downloaded = hub_download(tmp_path / "downloaded")
     assert list(HubImages(downloaded, split="test").names) == NAMES[:2]
+    assert list(open_images(downloaded, split="test").names) == NAMES[:2]
+    assert open_images(downloaded, split="test").describe()["split"] == "test"
+    with pytest.raises(ValueError, match=r"is not a Hugging Face data set and has no split 'test'"):
+        open_images(folder_source(tmp_path / "folder"), split="test")
     write_parquet(hub_dataset(), tmp_path / "only" / "default" / "test-set" / "0000.parquet")
     only = open_images(tmp_path / "only")
     assert len(only) == 9
+
+
+def test_the_names_that_the_hub_once_gave_to_files_are_understood(tmp_path):
+    whole = hub_dataset()
+    write_parquet(whole.select(range(5)), tmp_path / "data" / "train-00000-of-00002-c08a401c53fe5312.parquet")
+    write_parquet(whole.select(range(5, 9)), tmp_path / "data" / "train-00001-of-00002-0123456789abcdef.parquet")
+    write_parquet(whole.select(range(2)), tmp_path / "data" / "validation-00000-of-00001-00deadbeef00cafe.parquet")
+    assert list(open_images(tmp_path).names) == NAMES
+    assert list(open_images(tmp_path, split="validation").names) == NAMES[:2]
 
 
 def test_images_without_file_names_are_called_by_their_row(tmp_path):

@@ -127,6 +127,19 @@ def test_shards_of_sfd_are_read_as_they_are(tmp_path, semantic):
     assert batch.labels.tolist() == [14, 0, 11, 2]
 
 
+def test_shards_of_sfd_are_told_apart_by_what_is_in_them(tmp_path):
+    """Nobody has hashed them: extracted once more, with the same statistics, they are another set."""
+    fingerprints = []
+    for name, shift in (("one", 0), ("copy", 0), ("other", 1)):
+        write_sfd(tmp_path / name)
+        if shift:
+            shard = tmp_path / name / "latents_rank00_shard001.safetensors"
+            save_file({key: value + shift for key, value in load_file(shard).items()}, shard)
+        fingerprints.append(LatentDataset.open(tmp_path / name).fingerprint)
+    assert fingerprints[0] == fingerprints[1]
+    assert fingerprints[0] != fingerprints[2]
+
+
 def test_adopted_shards_get_checksums_and_their_statistics(tmp_path):
     arrays = write_sfd(tmp_path / "sfd", statistics=False)
     with pytest.raises(FileNotFoundError, match=r"neither manifest.json nor latents_stats.pt.*--adopt"):

@@ -7,11 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 # Nothing heavy is imported here: `lwd --help` must not wait for torch.
-from lwd.cli.encode import encode, semvae
+from lwd.cli.encode import encode
 from lwd.cli.evaluate import evaluate
 from lwd.cli.path import path
 from lwd.cli.report import report
 from lwd.cli.sample import sample
+from lwd.cli.semvae import semvae
 from lwd.cli.train import probe, train
 from lwd.memory import keep_freed_memory
 

@@ -1,9 +1,10 @@
-"""`lwd encode` and `lwd semvae`: from images to latents."""
+"""`lwd encode`: from images to latents."""
 
 from __future__ import annotations
 
+from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import torch
@@ -12,7 +13,14 @@ if TYPE_CHECKING:
     from lwd.data.images import ImageSource
     from lwd.data.sharding import Share
     from lwd.encoders.composite import CompositeEncoder, GroupEncoder, Projection, SharedFeatures
+    from lwd.encoders.pca import PCA
     from lwd.latents import Normalization
+
+LIKE_DECIDES = (
+    *("texture", "semantic", "features", "repa", "repa_features", "size", "grey", "flips", "grid", "posterior"),
+    *("pca_images", "dtype", "statistics", "shard", "seed", "precision"),
+)
+"""Options that have no say where `--like` gives another set's encoders and settings."""
 
 
 def encode(
@@ -37,6 +45,7 @@ def encode(
     workers: int = 8,
     skip_corrupt: bool = False,
     classes: Path | None = None,
+    split: str | None = None,
     add: str | None = None,
     weight: float | None = None,
     seed: int = 0,
@@ -62,7 +71,8 @@ def encode(
             efficientnet:BLOCK:SIZE (untrained:BLOCK:SIZE for its random weights, as a baseline).
         repa: store features for REPA too, in this precision.
         repa_features: the network they are of, if it is not that of --features.
-        like: a latent set whose encoders and statistics are used: the training set, to encode held-out images.
+        like: a latent set whose encoders, settings and statistics are used: the training set, to encode held-out
+            images; with --add, to add a group to those as well.
         size: pixels per side after the centre crop.
         grey: read images as grey.
         flips: encode the mirrored images too.
@@ -76,6 +86,7 @@ def encode(
         workers: threads that read images.
         skip_corrupt: list unreadable images in failed.jsonl and go on, instead of stopping.
         classes: text file with "folder name" lines, for readable class names.
+        split: of a Hugging Face data set: which part of it, train by default.
         add: NAME=MODULE:FUNCTION adds a group to the finished set in --out; the function takes uint8 [n, c, S, S].
         weight: loss weight of the added group.
         seed: of posterior samples and of every random choice.
@@ -98,7 +109,7 @@ def encode(
 
         print(f"Wrote {adopt_shards(out, progress=counting('adopt', 'shard'))}.")
     elif add is not None:
-        _add(out, open_images(data, classes=classes), add, weight, batch, workers, share)
+        _add(out, open_images(data, classes=classes, split=split), add, weight, like, batch, workers, share)
     elif texture is None and semantic is None and like is None:
         if data != "fashion-mnist":
             raise ValueError("say how to encode: --texture and --semantic (with --features), or --like a latent set")
@@ -115,90 +126,21 @@ def encode(
             size=size, grey=grey, flips=flips, shard_size=shard, dtype=dtype, statistics=statistics, seed=seed,
             features="float16" if repa == "none" else repa, skip_corrupt=skip_corrupt, batch=batch, workers=workers,
         )  # fmt: skip
-        source, where = open_images(data, classes=classes), own_device(device)
+        source, where = open_images(data, classes=classes, split=split), own_device(device)
         if like is not None:
-            encoder, config, normalization = _like(like, out, config, where, precision)
+            chosen = locals()
+            defaults = {name: parameter.default for name, parameter in signature(encode).parameters.items()}
+            if own := [f"--{name.replace('_', '-')}" for name in LIKE_DECIDES if chosen[name] != defaults[name]]:
+                raise ValueError(f"--like takes encoders and settings from {like}; leave out {', '.join(own)}")
+            encoder, config, normalization = _like(like, out, config, where, dry_run)
         else:
             encoder = _encoder(
                 out, source, config, share, where, texture=texture, semantic=semantic, features=features,
                 repa=None if repa == "none" else repa_features or features, grid=grid, posterior=posterior,
-                pca_images=pca_images, precision=precision,
+                pca_images=pca_images, precision=precision, dry_run=dry_run,
             )  # fmt: skip
             normalization = None
         _run(source, encoder, config, out, share, normalization, dry_run)
-
-
-def semvae(
-    out: Path,
-    latents: Path | None = None,
-    data: str | None = None,
-    features: str | None = None,
-    channels: int = 16,
-    steps: int = 1_000_000,
-    batch: int = 64,
-    heldout: int = 500,
-    size: int = 256,
-    grid: int | None = None,
-    workers: int = 8,
-    seed: int = 0,
-    device: str = "auto",
-    precision: Literal["float32", "bf16"] | None = None,
-) -> None:
-    """Train a SemVAE, the semantic encoder, on features stored in a latent set or computed from images.
-
-    The defaults are the published settings. Interrupted, the same command goes on, step for step.
-
-    Args:
-        out: directory of the run; the result is model/ in it, for `lwd encode --semantic semvae:...`.
-        latents: latent set with REPA features (`lwd encode --repa`), to train on those.
-        data: or images, as `lwd encode` takes them, with the --features to compute.
-        features: feature network, as `lwd encode` takes it.
-        channels: of the semantic group.
-        steps: of training; the learning rate is constant for 80 % of them and decays then.
-        batch: images per step.
-        heldout: images kept from training, to measure the reconstruction with.
-        size: pixels per side of the images.
-        grid: positions per side of the features.
-        workers: threads that read images.
-        seed: of everything random.
-        device: auto, cpu, cuda, cuda:1 ...
-        precision: of the training; by default bf16 where the hardware has it.
-    """
-    import torch
-
-    from lwd import distributed
-    from lwd.data.feature_source import ImageFeatures, StoredFeatures, split
-    from lwd.data.images import open_images
-    from lwd.data.reading import Reading
-    from lwd.encoders.choose import feature_network
-    from lwd.encoders.semvae import SemVAE, SemVAEConfig
-    from lwd.encoders.semvae_training import SemVAETrainConfig, train_semvae
-    from lwd.machine import default_precision, own_device
-    from lwd.randomness import derived_seed
-    from lwd.runs import write_run_config
-
-    with distributed.joined():
-        where = own_device(device)
-        if (latents is None) == (data is None):
-            raise ValueError("give either --latents, a set with stored features, or --data with --features")
-        if latents is not None:
-            source: Any = StoredFeatures(latents)
-        else:
-            if features is None or data is None:
-                raise ValueError("--data needs --features: the network whose features the SemVAE compresses")
-            network = feature_network(features, grid=grid, device=where)
-            source = ImageFeatures(open_images(data), network, Reading(size, batch=batch, workers=workers))
-        training, validation = split(source, heldout, seed)
-        config = SemVAETrainConfig(
-            steps=steps, batch_size=batch, seed=seed, precision=precision or default_precision(where)
-        )
-        torch.manual_seed(derived_seed(seed, "semvae weights"))
-        model = SemVAE(SemVAEConfig(features=source.width, channels=channels))
-        write_run_config(out, where, train=config, model=model.config, images=len(training), heldout=len(validation))
-        history = train_semvae(model, training, config, directory=out, device=where, validation=validation)
-        last = history[-1]
-        if distributed.rank() == 0:
-            print(f"The SemVAE is {out / 'model'}; loss {last['loss']:.4f} after {steps} steps.")
 
 
 def _encoder(
@@ -216,9 +158,13 @@ def _encoder(
     posterior: Literal["sample", "mean"],
     pca_images: int,
     precision: Literal["float32", "bf16"],
+    dry_run: bool,
 ) -> CompositeEncoder:
-    from lwd.encoders.choose import channels_to_fit, feature_network, projection, texture_encoder
+    import torch
+
+    from lwd.encoders.choose import channels_to_fit, default_pca_path, feature_network, projection, texture_encoder
     from lwd.encoders.composite import CompositeEncoder, ProjectedFeatures, SharedFeatures
+    from lwd.encoders.pca import PCA
 
     networks: dict[str, SharedFeatures] = {}
 
@@ -236,6 +182,12 @@ def _encoder(
         shared, channels = network(features), channels_to_fit(semantic)
         if channels is None:
             head: Projection = projection(semantic, device=device)
+            if isinstance(head, PCA) and not dry_run:
+                _keep_pca(head, out)
+        elif dry_run and not default_pca_path(out).exists():
+            # What it takes to encode depends on the sizes alone.
+            width = shared.network.width
+            head = PCA(torch.zeros(channels, width), torch.zeros(width), torch.zeros(channels))
         else:
             head = _fitted_pca(out, source, shared, channels, config, pca_images, share)
         groups["semantic"] = ProjectedFeatures(shared, head)
@@ -255,37 +207,62 @@ def _fitted_pca(
     from lwd.data.fit import fit_pca
     from lwd.encoders.choose import default_pca_path
     from lwd.encoders.pca import PCA
-    from lwd.files import wait_for
+    from lwd.files import differences, wait_for
     from lwd.progress import counting
 
     path = default_pca_path(out)
+    described = {key: value for key, value in source.describe().items() if key != "path"}
+    fitted_to = {
+        "network": features.network.describe(), "images": described, "size": config.size, "grey": config.grey,
+        "seed": config.seed, "count": min(images, len(source)), "channels": channels,
+    }  # fmt: skip
     if not path.exists() and share.rank == 0:
         fit_pca(
             source, features.network, channels, config.reading, images=images, seed=config.seed,
             progress=counting("fit PCA", "image"),
-        ).save(path)  # fmt: skip
+        ).save(path, fitted_to=fitted_to)  # fmt: skip
     wait_for([path])
-    pca = PCA.load(path)
-    if pca.channels != channels:
-        raise ValueError(f"{path} has {pca.channels} components, not {channels}; choose another --out, or delete it")
+    pca, there = PCA.load(path), PCA.fitted_to(path)
+    if changed := differences(there, fitted_to):
+        lines = "\n  ".join(changed)
+        raise ValueError(f"{path} was fitted to something else; choose another --out, or delete it:\n  {lines}")
     return pca
 
 
+def _keep_pca(pca: PCA, out: Path) -> None:
+    """Leave a PCA from elsewhere in the set it encodes, where `--like` finds it."""
+    from lwd.encoders.choose import default_pca_path
+    from lwd.encoders.pca import PCA
+
+    path = default_pca_path(out)
+    if not path.exists():
+        pca.save(path)
+    elif PCA.load(path).describe() != pca.describe():
+        raise ValueError(f"{path} is another PCA than the one given; choose another --out, or delete it")
+
+
 def _like(
-    like: Path, out: Path, config: EncodeConfig, device: torch.device, precision: Literal["float32", "bf16"]
+    like: Path, out: Path, config: EncodeConfig, device: torch.device, dry_run: bool
 ) -> tuple[CompositeEncoder, EncodeConfig, Normalization]:
+    """The encoder, the settings and the statistics of the set `like`; groups that were added to it are left out."""
     from dataclasses import replace
 
     from lwd.data import LatentDataset
     from lwd.encoders.choose import default_pca_path, encoder_of
-    from lwd.files import write_atomically
+    from lwd.encoders.pca import PCA
 
     data = LatentDataset.open(like)
-    encoder = encoder_of(data.manifest, like, device=device, precision=precision)
-    if default_pca_path(like).exists():
-        content = default_pca_path(like).read_bytes()
-        write_atomically(default_pca_path(out), lambda temporary: temporary.write_bytes(content))
-    return encoder, replace(config, **data.manifest["provenance"]["config"]), data.normalization
+    settings = data.manifest["provenance"].get("config")
+    if settings is None:
+        raise ValueError(f"{like} does not say how its images were read; --like needs a set that `lwd encode` made")
+    encoder = encoder_of(data.manifest, like, device=device)
+    if default_pca_path(like).exists() and not dry_run:
+        _keep_pca(PCA.load(default_pca_path(like)), out)
+    for name in data.spec.names:
+        if name not in encoder.groups:
+            function = data.encoders[name].get("encoder", "MODULE:FUNCTION")
+            print(f"Left out: {name}. Add it with lwd encode --out {out} --add {name}={function} --like {like}")
+    return encoder, replace(config, **settings), data.normalization_of(tuple(encoder.groups))
 
 
 def _run(
@@ -337,21 +314,32 @@ def _check(out: Path, images: str) -> None:
     decode: Decoder | None = None
     origin = data.manifest["provenance"].get("images", {})
     try:
-        source = open_images(origin["path"] if isinstance(origin, dict) and "path" in origin else images)
+        known = isinstance(origin, dict) and "path" in origin
+        source = open_images(origin["path"], split=origin.get("split")) if known else open_images(images)
     except (ValueError, OSError) as error:
         print(f"The images themselves are not shown: {error}")
     try:
         decode = decoder(data.encoders.get(data.spec.names[0], {}))
     except (ValueError, OSError, ImportError) as error:
         print(f"The texture is not decoded: {error}")
-    print(f"Contact sheet: {contact_sheet(data, out / 'contact_sheet.png', decoder=decode, source=source)}")
+    try:
+        print(f"Contact sheet: {contact_sheet(data, out / 'contact_sheet.png', decoder=decode, source=source)}")
+    except (ValueError, OSError, ImportError) as error:  # a folder that may only be read, a damaged shard
+        print(f"There is no contact sheet: {error}")
     if findings.problems:
         raise ValueError("\n".join([f"{out} is not whole:", *findings.problems]))
     print(f"{out} is whole.")
 
 
 def _add(
-    out: Path, source: ImageSource, text: str, weight: float | None, batch: int, workers: int, share: Share
+    out: Path,
+    source: ImageSource,
+    text: str,
+    weight: float | None,
+    like: Path | None,
+    batch: int,
+    workers: int,
+    share: Share,
 ) -> None:
     import sys
     from importlib import import_module
@@ -368,7 +356,7 @@ def _add(
     if not callable(encode_images):
         raise ValueError(f"module {module} has no function {function!r}")
     done = add_group(
-        out, source, name, encode_images, weight=weight, description={"encoder": path}, batch=batch, workers=workers,
-        share=share, progress=counting(f"add {name}", "image"),
+        out, source, name, encode_images, weight=weight, like=like, description={"encoder": path}, batch=batch,
+        workers=workers, share=share, progress=counting(f"add {name}", "image"),
     )  # fmt: skip
     print(f"{out} has the group {name}." if done else f"Process {share.rank + 1} of {share.world} is done.")

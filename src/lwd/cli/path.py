@@ -64,9 +64,8 @@ def path(
         if changed := differences(dict(surface.about), about):
             raise ValueError(f"{file} was measured otherwise; choose another --out. {'; '.join(changed)}")
     else:
-        source = data.to_memory(where)
         surface = measure_surface(
-            pipeline.denoiser, source, points=points, images=images, device=where, about=about
+            pipeline.denoiser, data, points=points, images=images, device=where, about=about
         )  # fmt: skip
         surface.save(file)
     if family == "learned":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,7 +37,8 @@ class LatentDataset:
     Attributes:
         flips: whether there are latents of the mirrored images.
         features: whether there are REPA features.
-        fingerprint: changes with any of its files.
+        fingerprint: changes with any of its files; of SFD's, which have no checksums, with their size, beginning,
+            middle and end.
     """
 
     def __init__(self, directory: Path, manifest: Mapping[str, Any]) -> None:
@@ -49,7 +50,8 @@ class LatentDataset:
         self.encoders: dict[str, Any] = manifest["encoders"]
         self.flips, self.features = bool(manifest["flips"]), manifest["features"] is not None
         # What was hashed already stands for the arrays, and the groups for what is made of them.
-        hashed = json.dumps([manifest["groups"], [entry["sha256"] for entry in self.files]], sort_keys=True)
+        digests = [entry["sha256"] or _sampled_digest(directory / entry["file"]) for entry in self.files]
+        hashed = json.dumps([manifest["groups"], digests], sort_keys=True)
         self.fingerprint = hashlib.sha256(hashed.encode()).hexdigest()
         self._group_keys: list[str] = [group["key"] for group in manifest["groups"]]
         self._ends = torch.tensor([shard["count"] for shard in manifest["shards"]], dtype=torch.int64).cumsum(0)
@@ -103,6 +105,13 @@ class LatentDataset:
     def files(self) -> list[dict[str, Any]]:
         """What the manifest says of every file: name, bytes, sha256."""
         return [entry for shard in self.manifest["shards"] for entry in shard["files"]]
+
+    def normalization_of(self, names: Sequence[str]) -> Normalization:
+        """The statistics of the groups `names` alone, in the order of the set."""
+        owners = [group.name for group in self.spec.groups for _ in range(group.channels)]
+        kept = [channel for channel, owner in enumerate(owners) if owner in names]
+        mean, std = self.normalization.mean, self.normalization.std
+        return Normalization(tuple(mean[c] for c in kept), tuple(std[c] for c in kept))
 
     def gather(self, indices: Tensor, flip: Tensor | None = None) -> Batch:
         """The images `indices` [B], normalised, on the CPU; those with `flip` [B] mirrored, latents and features alike.
@@ -270,3 +279,14 @@ def _twin(key: str) -> str:
 
 def _remake(path: Path) -> str:
     return f"delete {path.name} and run the command that encoded the set again: it makes only what is missing"
+
+
+def _sampled_digest(path: Path, chunk: int = 1 << 16) -> str:
+    """Of the size of a file, its beginning, middle and end: for shards that nobody has hashed in full."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for start in (0, size // 2, max(0, size - chunk)):
+            file.seek(start)
+            digest.update(file.read(chunk))
+    return digest.hexdigest()

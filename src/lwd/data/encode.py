@@ -232,7 +232,7 @@ class Encoding:
             return False
         failed = [failure for record in records for failure in record.failed]
         if failed:
-            lines = "".join(json.dumps(failure, ensure_ascii=False) + "\n" for failure in failed)
+            lines = "".join(json.dumps(failure) + "\n" for failure in failed)
             write_text(self.directory / "failed.jsonl", lines)
         kept = [record for record in records if record.entry is not None]
         if not kept:

@@ -18,7 +18,7 @@ from lwd.data.sharding import RECORDS, Record, ShardPlan, Share, agree_on_plan, 
 from lwd.data.statistics import ChannelStatistics
 from lwd.data.writer import not_finite
 from lwd.files import read_json, write_json
-from lwd.latents import Group
+from lwd.latents import Group, Normalization
 
 
 def add_group(
@@ -28,6 +28,7 @@ def add_group(
     encode: Callable[[Tensor], Tensor],
     *,
     weight: float | None = None,
+    like: Path | str | None = None,
     description: dict[str, Any] | None = None,
     batch: int = 64,
     workers: int = 8,
@@ -43,11 +44,13 @@ def add_group(
         source: the images that the set was encoded from; each is found by its name.
         encode: pixels uint8 [n, c, S, S] to latents [n, C, h, w] on the grid of the set.
         weight: loss weight w_g; by default the channels of the set's first group over those of this one.
+        like: a latent set with this group already, whose weight and statistics are used: the training set's, to add
+            the group to held-out latents.
         description: what identifies `encode`, for the manifest.
 
     Raises:
         ValueError: the set has such a group already, or was not made by `lwd encode`; an image is missing in `source`;
-            latents on another grid, NaN or infinite.
+            latents on another grid, NaN or infinite; no such group in `like`, or made by another encoder.
     """
     directory, share = Path(directory), share or Share()
     data = LatentDataset.open(directory)
@@ -66,6 +69,7 @@ def add_group(
                 "give the images that the set was encoded from"
             )
         plans.append(ShardPlan(f"{name}/{shard['files'][0]['file']}", [number_of[image] for image in names]))
+    pattern = None if like is None else _pattern(like, name, description, weight)
     key, dtype = group_key(name), getattr(torch, config["dtype"])
 
     def arrays(indices: Sequence[int], images: Tensor) -> tuple[dict[str, Tensor], ChannelStatistics]:
@@ -94,17 +98,38 @@ def add_group(
     if len(records) < len(plans):
         return False
     channels = records[0].layout[key].shape[0]
-    group = Group(name, channels, data.spec.sizes[0] / channels if weight is None else weight)
-    normalization = merged([record.statistics for record in records]).normalization().to_dict()
+    if pattern is None:
+        group = Group(name, channels, data.spec.sizes[0] / channels if weight is None else weight)
+        normalization = merged([record.statistics for record in records]).normalization()
+    else:
+        group, normalization = pattern
+        if group.channels != channels:
+            raise ValueError(f"group {name!r} has {channels} channels here, but {group.channels} in {like}")
     manifest = read_json(directory / MANIFEST)
     if not any(entry["name"] == name for entry in manifest["groups"]):
         manifest["groups"].append(
             {"name": name, "channels": channels, "weight": group.weight, "key": key, "dtype": dtype_name(dtype)}
         )
-        manifest["encoders"][name] = description or {}
+        manifest["encoders"][name] = (description or {}) | {"added": True}
         for shard, record in zip(manifest["shards"], records, strict=True):
             shard["files"].append(record.entry)
         for statistic in ("mean", "std"):
-            manifest["normalization"][statistic] += normalization[statistic]
+            manifest["normalization"][statistic] += normalization.to_dict()[statistic]
         write_json(directory / MANIFEST, manifest)
     return True
+
+
+def _pattern(
+    like: Path | str, name: str, description: dict[str, Any] | None, weight: float | None
+) -> tuple[Group, Normalization]:
+    """The group `name` of the set `like`, and its statistics."""
+    data = LatentDataset.open(like)
+    if name not in data.spec.names:
+        raise ValueError(f"{like} has no group {name!r}, only {', '.join(data.spec.names)}; add it there first")
+    made_by = {key: value for key, value in data.encoders[name].items() if key != "added"}
+    if made_by != (description or {}):
+        raise ValueError(f"group {name!r} of {like} was made by {made_by}, not by {description or {}}")
+    group = data.spec.groups[data.spec.names.index(name)]
+    if weight not in (None, group.weight):
+        raise ValueError(f"the weight of {name!r} in {like} is {group.weight:g}, not {weight:g}; leave out the weight")
+    return group, data.normalization_of((name,))

@@ -75,7 +75,7 @@ class _Part:
         return self.source.gather(self.numbers[indices])
 
 
-def split(source: FeatureMaps, heldout: int, seed: int) -> tuple[FeatureMaps, FeatureMaps]:
+def hold_out(source: FeatureMaps, heldout: int, seed: int) -> tuple[FeatureMaps, FeatureMaps]:
     """`source` without `heldout` maps drawn at random, and those; ValueError when nothing would be left."""
     if not 0 < heldout < len(source):
         raise ValueError(f"cannot hold out {heldout} of {len(source)} images")

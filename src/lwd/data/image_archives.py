@@ -131,7 +131,11 @@ class HubImages(ListedImages):
         self._images = data.select_columns([self._column]).cast_column(self._column, datasets.Image(decode=False))
         names = _file_names(self._images, self._column, [class_names[label] for label in labels.tolist()])
         names = names or [f"{split}/{row:08}" for row in range(len(data))]
+        self._split = split
         super().__init__("hub", root, names, torch.from_numpy(labels), class_names)
+
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"split": self._split}
 
     def read(self, index: int) -> Image.Image:
         what = f"{self.names[index]} in {self.path}"
@@ -324,12 +328,13 @@ def _explaining(root: str) -> Iterator[None]:
 
 
 def _parquet_splits(root: str) -> dict[str, list[str]]:
-    """Parquet files by split: ``train-00000-of-00010.parquet`` and ``train/0000.parquet`` are parts of "train"."""
+    """Parquet files by split: ``train-00000-of-00010.parquet`` and ``train/0000.parquet`` are parts of "train", and so
+    is the first with 16 hexadecimal digits behind it, as the hub once named them."""
     splits: dict[str, list[str]] = {}
     for folder, names in walk(root):
         for name in names:
             if name.endswith(".parquet"):
-                stem = re.sub(r"[-_.]?\d+(-of-\d+)?$", "", name.removesuffix(".parquet"))
+                stem = re.sub(r"(-\d+-of-\d+(-[0-9a-f]{16})?|[-_.]?\d+)$", "", name.removesuffix(".parquet"))
                 inside = os.path.basename(folder) if folder != root else "train"
                 splits.setdefault(stem or inside, []).append(os.path.join(folder, name))
     for split, files in splits.items():

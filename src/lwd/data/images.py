@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 SAVED_MARKERS = ("state.json", "dataset_dict.json")
 SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
+HUB = "a Hugging Face data set"
 ACCEPTED = (
     "a folder of class folders of images, or of images; tar shards (a folder of .tar files, one .tar file, or a quoted "
     "glob such as 'shards/train-*.tar'); a Hugging Face data set on disk (made by save_to_disk, or a folder of "
@@ -155,7 +156,7 @@ class ArrayImages(ListedImages):
         return _pillow().fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
 
 
-def open_images(source: str | Path, *, classes: Path | None = None) -> ImageSource:
+def open_images(source: str | Path, *, classes: Path | None = None, split: str | None = None) -> ImageSource:
     """The images at `source`, read by what is found there.
 
     Args:
@@ -163,13 +164,15 @@ def open_images(source: str | Path, *, classes: Path | None = None) -> ImageSour
             (`TarImages`); a folder that Hugging Face datasets saved, or of .parquet files (`HubImages`); the strings
             "fashion-mnist" and "fashion-mnist-heldout" for the embedded training and held-out images.
         classes: a file of readable class names (`read_class_names`). The order of the labels stays.
+        split: of a Hugging Face data set: which part of it; see `HubImages`.
 
     Raises:
         OSError: nothing is there, or it may not be read.
-        ValueError: what is there is none of these, holds several of them, or has no class names for some class.
+        ValueError: what is there is none of these, holds several of them, or has no class names for some class; a split
+            of anything else.
         ImportError: the reader needs a package that is missing.
     """
-    images = _open(source)
+    images = _open(source, split)
     if classes is not None:
         images.class_names = read_class_names(classes, images.class_names)
     return images
@@ -304,9 +307,14 @@ def _eight_bit(image: Image.Image, what: str = "the image") -> Image.Image:
     return _pillow().fromarray((values >> 8).astype(np.uint8))
 
 
-def _open(source: str | Path) -> Any:
+def _open(source: str | Path, split: str | None) -> Any:
     from lwd.data.image_archives import HubImages, TarImages
 
+    hub = Path(source).expanduser().is_dir() and _kinds_in(Path(source).expanduser()) == {HUB}
+    if split is not None and not hub:
+        raise ValueError(f"{source} is not {HUB} and has no split {split!r}; give the folder of the part itself")
+    if hub:
+        return HubImages(source, split)
     if isinstance(source, str) and source in ("fashion-mnist", "fashion-mnist-heldout"):
         from lwd.data.embedded import load_embedded_images
 
@@ -323,8 +331,7 @@ def _open(source: str | Path) -> Any:
     if len(kinds) != 1:
         found = f"both {' and '.join(sorted(kinds))}, of which one must go" if kinds else "no images"
         raise ValueError(f"{source} holds {found}; images can be {ACCEPTED}")
-    readers = {"a Hugging Face data set": HubImages, "tar files": TarImages, "images": FolderImages}
-    return readers[kinds.pop()](path)
+    return {"tar files": TarImages, "images": FolderImages}[kinds.pop()](path)
 
 
 def _kinds_in(folder: Path) -> set[str]:
@@ -333,7 +340,7 @@ def _kinds_in(folder: Path) -> set[str]:
     if any((folder / marker).exists() for marker in SAVED_MARKERS) or any(
         next(place.glob("*.parquet"), None) for place in (folder, folder / "data")
     ):
-        return {"a Hugging Face data set"}
+        return {HUB}
     for _, names in walk(str(folder)):
         kinds = {"images" for name in names if is_image_name(name)}
         kinds |= {"tar files" for name in names if name.endswith(".tar")}

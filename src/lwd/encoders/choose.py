@@ -128,9 +128,10 @@ def encoder_of(
     directory: Path,
     *,
     device: torch.device | str = "cpu",
-    precision: Precision = "float32",
 ) -> CompositeEncoder:
     """The encoder that made the latent set in `directory`: to encode other images the same way.
+
+    Groups that were added to the set (`lwd.data.extend.add_group`) are not among its groups.
 
     Raises:
         ValueError: a group whose encoder is not one of ours; weights that have changed since.
@@ -140,18 +141,20 @@ def encoder_of(
     def network(description: Mapping[str, Any]) -> SharedFeatures:
         key = json.dumps(description, sort_keys=True)
         if key not in networks:
-            networks[key] = SharedFeatures(_network_of(description, device, precision))
+            networks[key] = SharedFeatures(_network_of(description, device))
         return networks[key]
 
     groups: dict[str, GroupEncoder] = {}
     for group in manifest["groups"]:
         name, description = group["name"], manifest["encoders"].get(group["name"], {})
         kind = description.get("encoder")
+        if description.get("added"):
+            continue
         if kind == "pixels":
             groups[name] = PixelPatches(description["patch"])
         elif kind == "autoencoder":
             groups[name] = texture_encoder(description["source"], posterior=description["posterior"], device=device)
-        elif kind == "pca":
+        elif kind == "pca" and "network" in description:
             groups[name] = ProjectedFeatures(network(description["network"]), PCA.load(default_pca_path(directory)))
         elif kind == "semvae":
             head = projection(f"semvae:{description['source']}", posterior=description["posterior"], device=device)
@@ -161,7 +164,7 @@ def encoder_of(
                 f"cannot encode group {name!r} again: it was made by {description or 'an unknown encoder'}"
             )
     features = manifest["encoders"].get("features")
-    weights = {group["name"]: group["weight"] for group in manifest["groups"]}
+    weights = {group["name"]: group["weight"] for group in manifest["groups"] if group["name"] in groups}
     encoder = CompositeEncoder(groups, weights=weights, repa=None if features is None else network(features))
     for name, description in encoder.describe().items():
         if description != manifest["encoders"][name]:
@@ -172,10 +175,11 @@ def encoder_of(
     return encoder
 
 
-def _network_of(description: Mapping[str, Any], device: torch.device | str, precision: Precision) -> FeatureNetwork:
+def _network_of(description: Mapping[str, Any], device: torch.device | str) -> FeatureNetwork:
     if description["network"].startswith("efficientnet-lite0"):
         return EfficientNetMaps(description["block"], description["size"], device, untrained=description.get("seed"))
     size, grid = description["image_size"], description["grid"][0]
+    precision: Precision = description.get("precision", "float32")
     return feature_network(description["source"], image_size=size, grid=grid, device=device, precision=precision)
 
 

@@ -157,7 +157,8 @@ class FoundationFeatures:
     def describe(self) -> dict[str, Any]:
         """What identifies the features, for a manifest; as JSON."""
         weights = {"network": self.network, "source": self.source, "sha256": self.sha256}
-        return {**weights, "width": self.width, "grid": list(self.grid), "image_size": self.image_size}
+        sizes = {"width": self.width, "grid": list(self.grid), "image_size": self.image_size}
+        return weights | sizes | ({} if self.precision == "float32" else {"precision": self.precision})
 
     def _features(self, images: Tensor) -> Tensor:
         x = (images.to(self.device).float() / 255 - self._mean) / self._std

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -93,9 +94,18 @@ class PCA:
             "sha256": hashlib.sha256(content).hexdigest(),
         }
 
-    def save(self, path: str | Path) -> Path:
+    def save(self, path: str | Path, *, fitted_to: Mapping[str, Any] | None = None) -> Path:
+        """Write it as safetensors, with a note of what it was fitted to; OSError when that cannot be written."""
         tensors = {"directions": self.directions.contiguous(), "mean": self.mean, "explained": self.explained}
-        return write_atomically(path, lambda temporary: save_file(tensors, temporary))
+        metadata = {"fitted_to": json.dumps(fitted_to or {})}
+        return write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+    @staticmethod
+    def fitted_to(path: str | Path) -> dict[str, Any]:
+        """The note that `save` left; empty without one."""
+        with safe_open(path, framework="pt") as file:
+            note: dict[str, Any] = json.loads((file.metadata() or {}).get("fitted_to", "{}"))
+        return note
 
     @classmethod
     def load(cls, path: str | Path) -> PCA:

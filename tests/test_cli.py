@@ -111,6 +111,21 @@ def test_models_are_drawn_and_scored(workspace, capsys):
     again = json.loads((workspace / "curve.json").read_text())["results"]
     assert again[0]["metrics"]["fd_efficientnet"] == -1.0
     assert again[1]["metrics"] == pytest.approx(results[1]["metrics"], rel=1e-6)
+    # A curve is extended, and another set joins it: what was scored before stays.
+    cli.main(command.replace("--at-step 2 7", "--at-step 4 7").split())
+    cli.main(
+        command.replace(f"{workspace}/curve ", f"{workspace}/latents-free.npz ").replace("--at-step 2 7", "").split()
+    )
+    cli.main(
+        command.replace(f"{workspace}/curve ", f"{workspace}/latents-free.npz ").replace("--at-step 2 7", "").split()
+    )
+    rows = json.loads((workspace / "curve.json").read_text())["results"]
+    steps = [(row["generated"].get("origin") or {}).get("step") for row in rows]
+    assert sorted(steps, key=str) == [2, 4, 7, None]
+    (workspace / "other.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        cli.main(command.replace("curve.json", "other.json").split())
+    assert "holds no results of lwd evaluate" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(command.replace("--at-step 2 7", "--at-step 4000").split())
     assert "kept nothing of step 4000" in capsys.readouterr().err

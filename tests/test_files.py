@@ -104,3 +104,35 @@ def test_truncated_json_names_the_file(tmp_path):
         read_json(path)
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "none.json")
+
+
+def test_writers_of_one_file_do_not_meet(tmp_path):
+    """Processes of several machines often have the same number."""
+    seen = []
+
+    def write(temporary: Path) -> None:
+        seen.append(temporary)
+        temporary.write_text("inner" if len(seen) == 2 else "outer")
+        if len(seen) == 1:
+            write_atomically(tmp_path / "plan.json", write)
+
+    write_atomically(tmp_path / "plan.json", write)
+    assert seen[0] != seen[1]
+    assert contents(tmp_path) == {"plan.json": "outer"}
+
+
+def test_waiting_says_what_for(tmp_path, monkeypatch, capsys):
+    slept = []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 70:
+            (tmp_path / "a").touch()
+            (tmp_path / "b").touch()
+
+    monkeypatch.setattr(files.time, "sleep", sleep)
+    files.wait_for([tmp_path / "a", tmp_path / "b"])
+    assert len(slept) == 70
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 1
+    assert printed[0].startswith(f"Waiting for another process to write {tmp_path / 'a'} and 1 more files.")

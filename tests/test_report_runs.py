@@ -318,3 +318,18 @@ def test_a_damaged_result_is_named(tmp_path):
     write_json(tmp_path / "scores.json", {"format": "lwd-evaluations/1", "results": [{"metrics": {"fid": 1.0}}]})
     with pytest.raises(ValueError, match=r"scores\.json is a damaged file of evaluations"):
         collect([tmp_path])
+
+
+def test_runs_of_one_name_are_lines_of_their_own(tmp_path):
+    for seed, name in (("seed0", "main"), ("seed1", "main"), ("seed0", "weak")):
+        folder = tmp_path / seed / name
+        folder.mkdir(parents=True)
+        write_json(folder / "config.json", {"settings": {}})
+        write_json(folder / "schedule.json", LEARNED)
+        write_json(folder / "latents.json", {})
+        rows = [{"step": step, "loss": 1.0, "flow": 1 / step} for step in (1, 2, 3)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_comparison([tmp_path], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    for label in ("seed0/main", "seed1/main", "weak"):
+        assert page.count(f">{label}<") >= 1, label

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
+import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+WAIT_FIRST_NOTICE, WAIT_NOTICE = 60, 600
+"""Seconds until `wait_for` says for the first time, and then again, what it waits for."""
 
 
 def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
@@ -21,7 +27,7 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as written:
@@ -90,6 +96,17 @@ def sha256_of(path: str | Path) -> str:
 
 
 def wait_for(paths: Sequence[Path]) -> None:
-    """Wait until another process has made all of `paths`."""
-    while not all(path.exists() for path in paths):
+    """Wait until other processes have made all of `paths`; says what it waits for, every ten minutes, on stderr."""
+    for second in itertools.count():
+        missing = [path for path in paths if not path.exists()]
+        if not missing:
+            return
+        if second % WAIT_NOTICE == WAIT_FIRST_NOTICE:
+            more = f" and {len(missing) - 1:,} more files" if len(missing) > 1 else ""
+            print(
+                f"Waiting for another process to write {missing[0]}{more}. If it has failed, stop this one too; the "
+                "same command goes on from what is there.",
+                file=sys.stderr,
+                flush=True,
+            )
         time.sleep(1)

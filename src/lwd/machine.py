@@ -31,10 +31,15 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def own_device(name: str = "auto") -> torch.device:
-    """`pick_device`, where ``"auto"`` under torchrun is this process's own GPU."""
-    local = os.environ.get("LOCAL_RANK")
+    """`pick_device`, where ``"auto"`` under torchrun or srun is this process's own GPU. It becomes the current one."""
+    local = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID"))
     chosen = pick_device(name)
-    return pick_device(f"cuda:{local}") if chosen.type == "cuda" and name == "auto" and local else chosen
+    if chosen.type == "cuda" and name == "auto" and local:
+        # srun may show each task its own GPU alone, which then is number 0 to all of them.
+        chosen = pick_device(f"cuda:{int(local) % torch.cuda.device_count()}")
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)  # else every process keeps some memory of the first GPU
+    return chosen
 
 
 def default_compile(device: torch.device) -> bool:

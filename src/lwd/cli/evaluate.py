@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from lwd.cli.options import DrawOptions, ModelOptions
 
+FORMAT = "lwd-evaluations/1"
+
 
 def evaluate(
     samples: tuple[Path, ...],
@@ -59,7 +61,7 @@ def evaluate(
     import shutil
 
     from lwd.data.sharding import Share
-    from lwd.files import read_json, write_json
+    from lwd.files import write_json
     from lwd.generation import sample_to_directory
 
     main = Share.from_environment().rank == 0
@@ -73,15 +75,17 @@ def evaluate(
             score = _judge(reference, judge, model.device)
         else:
             score = _protocol(reference, network, weights, model.device, settings, feature_batch, cache)
-    earlier = read_json(out)["results"] if out is not None and out.is_file() else []
+    earlier = [] if out is None or not out.is_file() else _results_in(out)
     results: list[dict[str, Any]] = []
 
     asked = {} if judge is not None else settings | {"network": network}
 
     def keep_result(result: dict[str, Any]) -> None:
         results.append(result | {"settings": asked | result["settings"]})
-        if out is not None:  # after every set: a curve takes days
-            write_json(out, {"format": "lwd-evaluations/1", "results": results})
+        if out is not None:  # after every set: a curve takes days. What is there of other sets stays
+            new = [_what_was_scored(result) for result in results]
+            kept = [result for result in earlier if _what_was_scored(result) not in new]
+            write_json(out, {"format": FORMAT, "results": results + kept})
 
     for source in samples:
         if not _is_model(source):
@@ -108,16 +112,41 @@ def evaluate(
         print(json.dumps(results, indent=2) if out is None else "\n".join(_table(results)))
 
 
+def _results_in(out: Path) -> list[dict[str, Any]]:
+    from lwd.files import read_json
+
+    content = read_json(out)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{out} is there already and holds no results of lwd evaluate; choose another --out")
+    found: list[dict[str, Any]] = content["results"]
+    return found
+
+
+def _origin(result: dict[str, Any]) -> dict[str, Any]:
+    """What the images of a result were drawn with; how many evaluations that took is known only afterwards."""
+    origin = result["generated"].get("origin") or {}
+    return {key: value for key, value in origin.items() if key != "evaluations"}
+
+
+def _reference_of(result: dict[str, Any]) -> str:
+    name: str = (result.get("reference") or result["settings"]["reference"])["name"]
+    return name
+
+
+def _what_was_scored(result: dict[str, Any]) -> list[Any]:
+    generated = result["generated"]
+    name = None if _origin(result) else generated["name"]  # where images of a model lay for a while says nothing
+    return [name, _origin(result), generated["count"], _reference_of(result), result["settings"]]
+
+
 def _scored(
     earlier: list[dict[str, Any]], origin: dict[str, Any], images: int, reference: str, settings: dict[str, Any]
 ) -> dict[str, Any] | None:
     """The result of an earlier, interrupted call for images of this origin, with the same reference and settings."""
     for result in earlier:
         generated = result["generated"]
-        there = {key: value for key, value in generated.get("origin", {}).items() if key != "evaluations"}
         same = all(result["settings"].get(key) == value for key, value in settings.items())
-        against = (result.get("reference") or result["settings"]["reference"])["name"]
-        if there == origin and generated["count"] == images and same and against == reference:
+        if _origin(result) == origin and generated["count"] == images and same and _reference_of(result) == reference:
             return result
     return None
 

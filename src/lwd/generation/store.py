@@ -187,7 +187,7 @@ def _to_host(arrays: Tensor) -> tuple[Tensor, Any]:
     host = torch.empty(arrays.shape, dtype=arrays.dtype, pin_memory=True)
     host.copy_(arrays, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(arrays.device))  # of that device, not of the current one
     return host, event
 
 

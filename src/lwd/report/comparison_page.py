@@ -251,15 +251,21 @@ def _training(runs: Sequence[Run]) -> str:
     shown = [run for run in runs if any("loss" in row for row in run.log)]
     if not shown:
         return ""
+    labels = [run.label for run in shown]
+    # Runs of several seeds often have the same name in folders of their own.
+    labels = [
+        f"{run.path.parent.name}/{own}" if labels.count(own) > 1 else own
+        for run, own in zip(shown, labels, strict=True)
+    ]
     drawn = []
     for key, title in (("flow", "flow loss"), ("validation", "held-out loss, information-weighted")):
-        logs = {run.label: [row for row in run.log if key in row] for run in shown}
-        if not any(logs.values()):
+        logs = [[row for row in run.log if key in row] for run in shown]
+        if not any(logs):
             continue
 
         def draw(axes: Any, logs: Any = logs, key: str = key) -> None:
             settled: list[float] = []
-            for number, rows in enumerate(logs.values()):
+            for number, rows in enumerate(logs):
                 if not rows:
                     continue
                 values = figures._thinned([row[key] for row in rows])
@@ -272,7 +278,7 @@ def _training(runs: Sequence[Run]) -> str:
         drawn.append(figures.panel(draw, title, "training step"))
     caption = "The flow loss of different schedules is not comparable; the held-out loss is."
     kind = "panels" if len(drawn) > 1 else "panels single"
-    return figure(drawn, caption, _legend([run.label for run in shown]), kind)
+    return figure(drawn, caption, _legend(labels), kind)
 
 
 def _files(found: Collected) -> str:

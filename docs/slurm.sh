@@ -17,6 +17,8 @@ SCHEDULE=${SCHEDULE:?schedule file that lwd probe made, or offset, synchronous .
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+# Time to write a checkpoint after SIGTERM, less than Slurm gives; torchrun's own is 30 seconds.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110
 
 srun torchrun \
   --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" --max-restarts 3 \

@@ -1,5 +1,7 @@
 """The pipeline: what it draws, where it can be read from, and what it refuses."""
 
+import json
+import shutil
 import sys
 
 import pytest
@@ -206,6 +208,26 @@ def test_any_step_of_a_run_can_be_read(run):
     assert not torch.equal(weights[1], weights[2])
     with pytest.raises(FileNotFoundError, match=r"kept nothing of step 3, only of \[2, "):
         Pipeline.from_pretrained(run, step=3)
+
+
+def test_a_run_that_is_made_longer_does_not_pass_off_its_former_end_as_the_new_one(run, tmp_path):
+    longer = tmp_path / "run"
+    shutil.copytree(run, longer)
+    about = json.loads((longer / "config.json").read_text())
+    about["settings"]["train"]["steps"] = 12
+    (longer / "config.json").write_text(json.dumps(about))
+    with pytest.raises(FileNotFoundError, match=r"is not finished; its weights can be had of the steps \[2, 4, 6\]"):
+        Pipeline.from_pretrained(longer)
+    with pytest.raises(FileNotFoundError, match="kept nothing of step 12"):
+        Pipeline.from_pretrained(longer, step=12)
+    former = Pipeline.from_pretrained(longer, step=6)
+    assert former.describe()["step"] == 6
+    assert former.describe()["model_sha256"] == Pipeline.from_pretrained(run).describe()["model_sha256"]
+    # Cut off between the new weights and the note of their step.
+    note = json.loads((longer / "model" / "trained.json").read_text())
+    (longer / "model" / "trained.json").write_text(json.dumps(note | {"sha256": "of others"}))
+    with pytest.raises(FileNotFoundError, match="is not finished"):
+        Pipeline.from_pretrained(longer)
 
 
 def test_the_checkpoint_of_the_last_step_holds_the_finished_model(run, tmp_path):

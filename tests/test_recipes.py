@@ -357,3 +357,23 @@ def test_the_table():
     assert "<0.1" in rows["embedded"]
     assert "H100 at 30% of its peak" in "\n".join(lines)
     assert "B200 at 19% of its peak" in "\n".join(table(B200))
+
+
+def test_the_announced_memory_is_that_of_the_options_given(capsys):
+    from lwd.cli.train import _announce
+
+    recipe, device = get_recipe("imagenet-b-24gb"), torch.device("cpu")
+    cost = cost_of(recipe)
+    plain = cost.state + 256 * cost.activations
+    for changes, expected in (
+        ({}, plain),
+        ({"accumulate": 16}, cost.state + 16 * cost.activations),
+        ({"recompute": 12}, cost.state + 256 * cost_of(recipe, recompute=12).activations),
+        ({"precision": "float32"}, 20 * cost.parameters + 256 * cost_of(
+            replace(recipe, train=replace(recipe.train, precision="float32"))).activations),
+    ):  # fmt: skip
+        _announce(replace(recipe, train=replace(recipe.train, **changes)), 1_281_167, device)
+        assert f"about {expected / 1e9:.1f} GB each" in capsys.readouterr().out
+    assert cost.memory(1, shards=4) == 5 * cost.parameters + 2 * cost.parameters + cost.activations
+    assert replace(recipe.train, parallel="fsdp").shards(8) == 8
+    assert recipe.train.shards(8) == 1

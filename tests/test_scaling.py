@@ -12,7 +12,7 @@ from lwd import CascadedSchedule, Group, LatentSpec, Normalization, OffsetSchedu
 from lwd.checkpoints import Checkpoints
 from lwd.data import TensorLatents
 from lwd.loop import Hook, _mean_metrics, run_job
-from lwd.metrics import MetricsLog, TensorBoard, flat
+from lwd.metrics import MetricsLog, TensorBoard, WeightsAndBiases, flat
 from lwd.parallel import Average, Trained, adamw, guarded_step
 from lwd.probe import learn_schedule
 from lwd.steps import EXECUTION, by_time
@@ -264,9 +264,44 @@ def test_validation_of_the_exact_denoiser_is_the_information_whatever_the_schedu
     assert len(found["validation_texture"]) == 300
 
 
+def test_validation_and_surface_see_all_classes_of_a_set_that_is_sorted_by_class():
+    from lwd.surface import measure_surface
+
+    data = TensorLatents(SPEC, torch.randn(1000, 5, 4, 4), torch.arange(1000) // 100)
+    seen = []
+
+    def denoiser(z, t, labels):
+        seen.append(labels)
+        return z
+
+    Validation(data, OffsetSchedule(0.3), images=200, points=1).measure(denoiser, torch.device("cpu"))
+    first = torch.cat(seen)
+    assert len(first) == 200
+    assert torch.bincount(first).min() > 5
+    seen.clear()
+    measure_surface(denoiser, data, points=2, images=200, batch=200)
+    assert torch.equal(seen[0], first)  # and both the same ones, always
+
+
 def test_training_validates_the_average_on_heldout_latents():
     config = replace(TRAIN, steps=10, validate_every=40)
     result = train(Blocked(), OffsetSchedule(0.3), make_data(), config, heldout=make_data())
     assert all(row["validation"] > 0 for row in result.history)
     direct = Validation(make_data(), OffsetSchedule(0.3)).measure(result.denoiser, torch.device("cpu"))
     assert direct["validation"] == pytest.approx(result.history[-1]["validation"], rel=1e-5)
+
+
+def test_every_run_has_an_id_of_its_own_for_weights_and_biases(tmp_path, monkeypatch):
+    """Also where directories have the same name; a continued run keeps it."""
+    import sys
+    import types
+
+    begun = []
+    fake = types.SimpleNamespace(init=lambda **settings: begun.append(settings))
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for folder in ("seed0/main", "seed1/main", "seed0/main"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        WeightsAndBiases("project", tmp_path / folder)
+    assert [run["name"] for run in begun] == ["main"] * 3
+    assert begun[0]["id"] == begun[2]["id"] != begun[1]["id"]
+    assert begun[0]["resume"] == "allow"

@@ -432,3 +432,52 @@ def test_a_new_kind_needs_one_class(tmp_path):
         assert isinstance(schedule_from_dict(Squared().to_dict()), Squared)
     finally:
         del KINDS["squared"]
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_schedule_follows_the_device_of_its_times(kind):
+    """The meta device stands for any other."""
+    made = {
+        "polynomial": PolynomialSchedule(),
+        "bernstein": BernsteinSchedule([[0.0, 0.0], [0.2, 0.6], [1.0, 1.0]]),
+        "piecewise_linear": PiecewiseLinearSchedule([0.0, 0.5, 1.0], [[0.0, 0.0], [0.2, 0.7], [1.0, 1.0]]),
+        "shifted": ShiftedSchedule(),
+        "offset": OffsetSchedule(),
+        "cascaded": CascadedSchedule(),
+        "synchronous": SynchronousSchedule(),
+        "independent": IndependentTimes(),
+    }[kind]
+    shape = (3,) if made.clocks == 1 else (3, made.clocks)
+    there = made(torch.zeros(shape, device="meta"))
+    assert there.t.device.type == there.dt.device.type == "meta"
+    here = made(torch.full(shape, 0.25))
+    again = made(torch.full(shape, 0.25))
+    assert torch.equal(here.t, again.t)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        PolynomialSchedule(),
+        BernsteinSchedule([[0.0, 0.0], [0.1, 0.5], [0.3, 0.9], [1.0, 1.0]]),
+        OffsetSchedule(0.3),
+        ShiftedSchedule(),
+    ],
+)
+def test_autocast_does_not_round_times(schedule):
+    tau = torch.linspace(0, 1, 101)
+    plain = schedule(tau)
+    with torch.autocast("cpu", torch.bfloat16):
+        cast = schedule(tau)
+    assert torch.equal(cast.t, plain.t)
+    assert torch.equal(cast.dt, plain.dt)
+
+
+def test_what_a_schedule_keeps_under_inference_mode_serves_training_too():
+    schedule = OffsetSchedule(0.3)
+    with torch.inference_mode():
+        schedule(torch.tensor([0.4]))
+    tau = torch.tensor([0.4], requires_grad=True)
+    schedule(tau).t.sum().backward()
+    assert tau.grad is not None
+    torch.testing.assert_close(tau.grad, torch.tensor([2.6]))

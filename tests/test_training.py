@@ -377,3 +377,61 @@ def test_bisection_narrows_the_threshold_down():
     assert bisect_kinetic(probe, 0.01, 0.02).picked is None
     with pytest.raises(ValueError, match="must ascend"):
         bisect_kinetic(probe, 0.1, 0.1)
+
+
+def test_every_milestone_has_a_checkpoint_however_seldom_they_are_made(tmp_path, data):
+    config = replace(TRAIN, steps=12, log_every=5, save_seconds=1e9, keep_every=4, keep_last=1, snapshots=())
+    history = train(tiny(), OffsetSchedule(0.3), data, config, directory=tmp_path).history
+    assert Checkpoints(tmp_path).steps() == [4, 8, 12]
+    assert [row["step"] for row in history] == [4, 5, 8, 10, 12]
+
+
+def test_a_checkpoint_beyond_the_steps_asked_for_is_refused(tmp_path, data):
+    config = replace(TRAIN, optimizer=OptimizerConfig(lr=1e-2), snapshots=())
+    train(tiny(), OffsetSchedule(0.3), data, config, directory=tmp_path)
+    with pytest.raises(ValueError, match=r"step-00000012 is beyond the 4 steps asked for"):
+        train(tiny(), OffsetSchedule(0.3), data, replace(config, steps=4), directory=tmp_path)
+
+
+def test_the_former_end_of_a_run_made_longer_can_be_a_snapshot(tmp_path, data):
+    from safetensors.torch import load_file
+
+    config = replace(TRAIN, steps=4, optimizer=OptimizerConfig(lr=1e-2), snapshots=(2,))
+    short = train(tiny(), OffsetSchedule(0.3), data, config, directory=tmp_path).denoiser
+    train(tiny(), OffsetSchedule(0.3), data, replace(config, steps=8, snapshots=(2, 4)), directory=tmp_path)
+    assert sorted(path.name for path in (tmp_path / "snapshots").iterdir()) == [
+        "00000002.safetensors", "00000004.safetensors"
+    ]  # fmt: skip
+    kept = load_file(tmp_path / "snapshots" / "00000004.safetensors")
+    for name, value in short.state_dict().items():
+        assert torch.equal(kept[name], value), name
+
+
+def test_the_probe_decays_the_weights_of_the_denoiser_and_not_rho(data):
+    """With a rate of rho of 0 and decay alone at work, weights shrink by (1 - lr * decay) a step."""
+    decayed = replace(PROBE, steps=6, rho_lr=0.0, optimizer=OptimizerConfig(lr=1e-9, weight_decay=1e6))
+    net, before = tiny(), weights(tiny())
+    learned = learn_schedule(net, data, decayed)
+    torch.testing.assert_close(weights(net), before * (1 - 1e-3) ** 6, rtol=1e-5, atol=1e-6)
+    assert torch.equal(learned.schedule.rho, PolynomialSchedule(names=SPEC.names).rho.data)
+
+
+def test_labels_that_the_denoiser_has_no_class_for_are_refused(data):
+    from networks import SMALL, random_model
+
+    counted_from_one = TensorLatents(SMALL.spec, torch.randn(9, 6, 4, 4), torch.arange(9) % 3 + 1)
+    for run in (
+        lambda: train(random_model(SMALL), OffsetSchedule(0.3), counted_from_one, TRAIN),
+        lambda: learn_schedule(random_model(SMALL), counted_from_one, PROBE),
+    ):
+        with pytest.raises(ValueError, match="labels up to 3, but the denoiser has classes 0 to 2 only"):
+            run()
+
+
+def test_a_projector_needs_features(data):
+    from networks import SMALL, random_model
+
+    model = random_model(replace(SMALL, repa_depth=1, repa_dim=8, repa_projector_dim=8))
+    plain = TensorLatents(SMALL.spec, torch.randn(9, 6, 4, 4), torch.arange(9) % 3)
+    with pytest.raises(ValueError, match="a REPA projector, but the data have no features"):
+        train(model, OffsetSchedule(0.3), plain, replace(TRAIN, repa=1.0))

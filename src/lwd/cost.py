@@ -24,6 +24,9 @@ TRAINING_FACTOR = 3
 
 GIB = 2**30
 
+STATE_BYTES = 20
+"""Per parameter, in float32: weight, gradient, two moments of AdamW, moving average."""
+
 FREE_SHARE = 0.1
 """Share of a card's memory left to the CUDA context, libraries' workspaces and fragmentation."""
 
@@ -122,9 +125,9 @@ def state_bytes(parameters: int, precision: Precision = "bf16") -> int:
     """Float32 weights, gradients, two moments of AdamW and the moving average; bf16 copies of the weights under bf16.
 
     An upper bound: the copies are freed while gradients come into being. DDP adds 4 bytes a parameter where gradients
-    are not views of its buckets; FSDP divides everything here by the number of processes.
+    are not views of its buckets; FSDP divides everything but the copies by the number of processes.
     """
-    return parameters * (20 + (2 if precision == "bf16" else 0))
+    return parameters * (STATE_BYTES + (2 if precision == "bf16" else 0))
 
 
 @dataclass(frozen=True)

@@ -100,7 +100,9 @@ class LatentSpec:
 
     def expand(self, per_group: Tensor) -> Tensor:
         """[B, G] -> [B, C, 1, 1]: every channel gets the value of its group."""
-        return per_group.index_select(1, _channel_group(self, per_group.device))[:, :, None, None]
+        # Not by index: on a GPU the gradient of that is summed in an order that changes from run to run.
+        parts = [value.expand(-1, size) for value, size in zip(per_group.split(1, dim=1), self.sizes, strict=True)]
+        return torch.cat(parts, dim=1)[:, :, None, None]
 
     def group_mean(self, values: Tensor) -> Tensor:
         """[B, C, H, W] -> [B, G]: the mean over each group's channels and positions (||.||_g^2 of Eq. 22)."""
@@ -110,11 +112,11 @@ class LatentSpec:
 
     def weights(self, like: Tensor) -> Tensor:
         """The loss weights w_g, [G], on the device and in the dtype of `like`."""
-        return like.new_tensor([group.weight for group in self.groups])
+        return _row(tuple(group.weight for group in self.groups), like.device, like.dtype)
 
     def shares(self, like: Tensor) -> Tensor:
         """Each group's share d_g / sum d of the composite's dimensions, [G]."""
-        return like.new_tensor([size / self.channels for size in self.sizes])
+        return _row(tuple(size / self.channels for size in self.sizes), like.device, like.dtype)
 
     def to_dict(self) -> list[dict[str, Any]]:
         return [{"name": g.name, "channels": g.channels, "weight": g.weight} for g in self.groups]
@@ -127,17 +129,17 @@ class LatentSpec:
 # The caches outlive the mode they were filled in, so never with inference tensors, which autograd refuses.
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _channel_group(spec: LatentSpec, device: torch.device) -> Tensor:
-    sizes = torch.tensor(spec.sizes)
-    return torch.repeat_interleave(torch.arange(len(spec)), sizes).to(device)
+def _membership(spec: LatentSpec, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """[C, G]: 1 / d_g where channel c belongs to group g, else 0."""
+    owner = torch.repeat_interleave(torch.arange(len(spec)), torch.tensor(spec.sizes))
+    one_hot = torch.nn.functional.one_hot(owner, len(spec))
+    return (one_hot / one_hot.sum(dim=0)).to(device, dtype)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)
-def _membership(spec: LatentSpec, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """[C, G]: 1 / d_g where channel c belongs to group g, else 0."""
-    one_hot = torch.nn.functional.one_hot(_channel_group(spec, torch.device("cpu")), len(spec))
-    return (one_hot / one_hot.sum(dim=0)).to(device, dtype)
+def _row(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=64)

@@ -97,7 +97,7 @@ def run_job(
         identity: the configuration that a checkpoint must have been made with to be continued.
         title, batch_size: for the progress display and images per second; the batch is that of all processes.
         save_seconds: least seconds between checkpoints, which are made at log steps; there is always one at the end.
-        keep_last, keep_every: see `Checkpoints`.
+        keep_last, keep_every: see `Checkpoints`; a multiple of `keep_every` always has a log line and a checkpoint.
         skip_non_finite: go on after a step whose loss or gradient is not finite (it changes nothing then), and count
             such steps in the log, instead of stopping.
         must_resume: a run that finds no checkpoint is an error.
@@ -110,7 +110,7 @@ def run_job(
 
     Raises:
         NonFiniteLossError: the last good checkpoint is kept.
-        ValueError: the checkpoint in `directory` belongs to another configuration, or is damaged.
+        ValueError: the checkpoint in `directory` belongs to another configuration, is beyond `steps`, or is damaged.
         FileNotFoundError: there is no checkpoint, though there must be.
         PreemptedError: SIGTERM came, and a checkpoint was written.
     """
@@ -121,7 +121,7 @@ def run_job(
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(directory, keep_last=keep_last, keep_every=keep_every)
-        done, history, pending = _resume(job, checkpoints, log, identity, must_resume)
+        done, history, pending = _resume(job, checkpoints, log, identity, must_resume, steps)
 
     def save(*, wait: bool = False) -> None:
         if checkpoints is not None:
@@ -144,7 +144,8 @@ def run_job(
                 pending.append(job.update(done))
                 done, in_window = done + 1, in_window + 1
                 info = ""
-                if done % log_every == 0 or done == steps:
+                milestone = keep_every > 0 and done % keep_every == 0
+                if done % log_every == 0 or done == steps or milestone:
                     begin = done - len(pending)
                     skipped = _require_finite(pending, done, job, skip_non_finite)
                     elapsed = time.monotonic() - window_start
@@ -160,7 +161,7 @@ def run_job(
                     if main:
                         log.add(row)
                     info = f"loss {row['loss']:.4f}"
-                    due = done == steps or time.monotonic() - saved_at >= save_seconds
+                    due = done == steps or milestone or time.monotonic() - saved_at >= save_seconds
                     # The clock of one process decides for all.
                     if checkpoints is not None and distributed.from_main(due):
                         save()
@@ -194,21 +195,26 @@ def _speed(images_per_second: float, operations: float | None) -> dict[str, floa
 
 
 def _resume(
-    job: Job, checkpoints: Checkpoints, log: MetricsLog, identity: dict[str, Any], must_resume: bool
+    job: Job, checkpoints: Checkpoints, log: MetricsLog, identity: dict[str, Any], must_resume: bool, steps: int
 ) -> tuple[int, list[dict[str, Any]], list[dict[str, Tensor]]]:
-    steps: list[int] = distributed.from_main(checkpoints.steps())
-    if not steps:
+    made: list[int] = distributed.from_main(checkpoints.steps())
+    if not made:
         if must_resume:
             raise FileNotFoundError(
                 f"there is no checkpoint in {checkpoints.directory} to resume from; run without --resume to begin"
             )
         return 0, distributed.from_main(log.resume(0)), []
-    step = steps[-1]
+    step = made[-1]
     meta = distributed.from_main(checkpoints.meta(step))
     if changed := differences(meta["identity"], identity, "in the checkpoint"):
         raise ValueError(
             f"{checkpoints.path(step)} was made with other settings; continue with the same ones or choose another "
             "directory:\n  " + "\n  ".join(changed)
+        )
+    if step > steps:
+        raise ValueError(
+            f"{checkpoints.path(step)} is beyond the {steps:,} steps asked for; choose another directory, or take the "
+            "weights of an earlier step from a snapshot or checkpoint"
         )
     job.load_state_dict(checkpoints.load(step, job.state_dict()))
     pending = [{name: torch.tensor(value) for name, value in row.items()} for row in meta["pending"]]

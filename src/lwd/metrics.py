@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from lwd.files import write_text
+from lwd.files import read_json, write_json, write_text
 
 
 class Watcher(Protocol):
@@ -84,7 +85,12 @@ class WeightsAndBiases:
             import wandb
         except ImportError as error:
             raise ImportError('Weights & Biases needs an extra: pip install "lwd[wandb]"') from error
-        self.run = wandb.init(project=project, dir=str(directory), id=directory.resolve().name, resume="allow")
+        # An id of its own, kept with the run: directories of different experiments often have the same name.
+        note = directory / "wandb.json"
+        if not note.exists():
+            write_json(note, {"id": secrets.token_hex(8)})
+        name = directory.resolve().name
+        self.run = wandb.init(project=project, dir=str(directory), id=read_json(note)["id"], name=name, resume="allow")
 
     def row(self, row: Mapping[str, Any]) -> None:
         self.run.log(flat(row), step=int(row["step"]))

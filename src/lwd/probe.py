@@ -172,11 +172,11 @@ class _Probe:
         self.optimizer = adamw(
             [
                 {"params": [p for p in denoiser.parameters() if p.requires_grad], "lr": config.optimizer.lr},
-                {"params": [schedule.rho], "lr": config.rho_lr},
+                {"params": [schedule.rho], "lr": config.rho_lr, "weight_decay": 0.0},
             ],
             device,
             betas=config.optimizer.betas,
-            weight_decay=0.0,
+            weight_decay=config.optimizer.weight_decay,
         )
         self.rho_sum = torch.zeros_like(schedule.rho, dtype=torch.float64, device="cpu").to(device)
         self.averaged = 0

@@ -46,6 +46,21 @@ def write_run_config(directory: Path, device: torch.device, **settings: Any) -> 
     write_json(directory / "config.json", json.loads(json.dumps(described)))
 
 
+def note_step(model: Path, step: int) -> None:
+    """Leave beside the weights in `model` after which step they are; they outlive the settings of the run."""
+    if not (model / "model.safetensors").is_file():
+        return  # a network that saves itself in its own way
+    write_json(model / "trained.json", {"step": step, "sha256": sha256_of(model / "model.safetensors")})
+
+
+def _step_of(model: Path, digest: str, planned: int | None) -> int | None:
+    """The step of the weights in `model`; None where the note is of others, which were written when it was cut off."""
+    if not (model / "trained.json").is_file():
+        return planned
+    note = read_json(model / "trained.json")
+    return int(note["step"]) if note["sha256"] == digest else None
+
+
 def steps_kept(directory: Path) -> list[int]:
     """The steps of a run whose averaged weights can be read, in order; not that of the finished model."""
     snapshots = {int(path.stem) for path in (directory / "snapshots").glob("*.safetensors")}
@@ -61,8 +76,8 @@ def read_run(directory: Path, step: int | None) -> tuple[LightningDiT, dict[str,
         ValueError: a damaged file, or weights that do not fit.
     """
     final, kept = directory / "model", steps_kept(directory)
-    finished = (final / "config.json").is_file()
-    if not finished and not kept:
+    exported = (final / "config.json").is_file()
+    if not exported and not kept:
         raise FileNotFoundError(
             f"{directory} holds no finished run (no model/) and no checkpoint; train it with `lwd train`"
         )
@@ -74,14 +89,17 @@ def read_run(directory: Path, step: int | None) -> tuple[LightningDiT, dict[str,
         "batch_size": planned.get("batch_size"),
         "train_seed": planned.get("seed"),
     }
-    if step is None or (finished and step == planned.get("steps")):
-        if not finished:
-            raise FileNotFoundError(f"{directory} is not finished; its weights can be had of the steps {kept}")
-        digest = sha256_of(final / "model.safetensors")
-        return LightningDiT.from_pretrained(final), origin | {"step": planned.get("steps"), "model_sha256": digest}
-    if step not in kept:
+    digest = sha256_of(final / "model.safetensors") if exported else ""
+    end = _step_of(final, digest, planned.get("steps")) if exported else None
+    # A run that was made longer still has the model of its former end.
+    if step is None and (not exported or end != planned.get("steps")):
+        have = sorted({*kept, *([] if end is None else [end])})
+        raise FileNotFoundError(f"{directory} is not finished; its weights can be had of the steps {have}")
+    if exported and step in (None, end):
+        return LightningDiT.from_pretrained(final), origin | {"step": end, "model_sha256": digest}
+    if step is None or step not in kept:
         raise FileNotFoundError(f"{directory} kept nothing of step {step}, only of {kept}")
-    described = read_json(final / "config.json") if finished else settings.get("backbone")
+    described = read_json(final / "config.json") if exported else settings.get("backbone")
     if described is None:
         raise FileNotFoundError(f"{directory / 'config.json'} does not say what network this run trains")
     model = LightningDiT(LightningDiTConfig.from_dict(described))

@@ -114,7 +114,7 @@ def logged(terms: dict[str, Tensor], per_group: Tensor, spec: LatentSpec) -> dic
 
 
 def check_groups(data: LatentSource, schedule: Schedule, denoiser: nn.Module) -> None:
-    """ValueError unless data, schedule and denoiser mean the same groups."""
+    """ValueError unless data, schedule and denoiser mean the same groups, and the denoiser has all classes."""
     if schedule.names != data.spec.names:
         raise ValueError(f"the schedule is for the groups {schedule.names}, the latents have {data.spec.names}")
     spec = getattr(denoiser, "spec", None)
@@ -122,6 +122,11 @@ def check_groups(data: LatentSource, schedule: Schedule, denoiser: nn.Module) ->
         raise ValueError(
             f"the denoiser is built for groups of {spec.sizes} channels, the latents have {data.spec.sizes}"
         )
+    null, labels = getattr(denoiser, "null_label", None), getattr(data, "labels", None)
+    labels = labels() if callable(labels) else labels
+    # The null label itself is accepted by the network, and would train the class that has it as "no class".
+    if null and labels is not None and (highest := int(labels.max())) >= null:
+        raise ValueError(f"the latents have labels up to {highest}, but the denoiser has classes 0 to {null - 1} only")
 
 
 def to_json(config: Any) -> dict[str, Any]:

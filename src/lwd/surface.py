@@ -155,7 +155,7 @@ def measure_surface(
         denoiser: in eval mode; (z, t, labels) -> local velocities.
         data: held-out latents, normalised as those it was trained on.
         points: K, nodes per group; the denoiser is evaluated K^G times for every image.
-        images: how many, from the first.
+        images: how many, drawn at random, but always the same: sets are often sorted by class.
         about: kept with the surface.
 
     Raises:
@@ -163,13 +163,14 @@ def measure_surface(
     """
     if points < 2:
         raise ValueError(f"a surface needs at least 2 points per group, not {points}")
-    spec, images = data.spec, min(images, len(data))
+    chosen = torch.randperm(len(data), generator=stream(0, "held-out images"))[:images]
+    spec, images = data.spec, len(chosen)
     times = torch.linspace(0, 1, points, dtype=torch.float64)
     nodes = list(product(range(points), repeat=len(spec)))
     sums = torch.zeros(len(nodes), 2, len(spec), dtype=torch.float64)
     with Progress("error surface", images * len(nodes), unit="evaluation") as progress:
         for start in range(0, images, batch):
-            drawn = data.gather(torch.arange(start, min(start + batch, images)))
+            drawn = data.gather(chosen[start : start + batch])
             x1, labels = drawn.latents.to(device), drawn.labels.to(device)
             x0 = torch.randn(x1.shape, generator=stream(0, "surface", start, torch.device(device)), device=device)
             u = target_velocity(x0, x1)

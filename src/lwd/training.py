@@ -30,6 +30,7 @@ from lwd.parallel import (
     network_state,
     whole_state,
 )
+from lwd.runs import note_step
 from lwd.schedules import Schedule
 from lwd.steps import OptimizerConfig, backward_in_parts, check_groups, identity_of, machine_use
 from lwd.validation import Validation
@@ -79,6 +80,10 @@ class TrainConfig:
     keep_every: int = 0
     skip_non_finite: bool = False
     validate_every: int = 1_280_000
+
+    def shards(self, processes: int) -> int:
+        """How many processes share one copy of weights, optimizer and average."""
+        return processes if self.parallel == "fsdp" else 1
 
 
 @dataclass(frozen=True)
@@ -130,12 +135,14 @@ def train(
         must_resume: a run that finds no checkpoint is an error.
 
     Raises:
-        ValueError: groups of data, schedule and denoiser differ; a checkpoint made with other settings; a batch that
-            the processes cannot share evenly.
+        ValueError: groups or classes of data, schedule and denoiser differ; no features for REPA; a checkpoint made
+            with other settings, or beyond `config.steps`; a batch that the processes cannot share evenly.
         NonFiniteLossError: NaN or infinity; the last good checkpoint is kept.
     """
     schedule = schedule.frozen().to(device)
     check_groups(data, schedule, denoiser)
+    if config.repa > 0 and getattr(denoiser, "repa_projector", None) is not None and not _has_features(data):
+        raise ValueError("the denoiser has a REPA projector, but the data have no features: encode them, or set repa=0")
     directory = None if directory is None else Path(directory)
     # A training at a constant rate may be made longer: its steps so far do not depend on how many there will be.
     extendable = ("steps", "snapshots") if config.optimizer.decay == "constant" else ()
@@ -180,8 +187,14 @@ def train(
         weights = whole_state(denoiser)
         if distributed.rank() == 0:
             save(directory / "model", weights)
+            note_step(directory / "model", config.steps)
         distributed.wait_for_all()
     return TrainResult(denoiser, history)
+
+
+def _has_features(data: LatentSource) -> bool:
+    features = getattr(data, "features", None)
+    return features is not None and features is not False
 
 
 class _Training:
@@ -199,7 +212,7 @@ class _Training:
         self.denoiser, self.schedule, self.data, self.config, self.directory = (
             denoiser.train(), schedule, data, config, directory
         )  # fmt: skip
-        self.device = device
+        self.device, self.first = device, True
         self.batches = Batches(data, config, denoiser, device)
         self.forward = Trained(
             denoiser,
@@ -221,6 +234,9 @@ class _Training:
 
     def update(self, step: int) -> dict[str, Tensor]:
         config = self.config
+        if self.first:  # of a run that was made longer: what was its end may be asked for as a snapshot now
+            self.first = False
+            self.keep_snapshot(step)
         for group in self.optimizer.param_groups:
             group["lr"] = config.optimizer.lr * config.optimizer.factor(step, config.steps)
         self.optimizer.zero_grad(set_to_none=True)
@@ -248,8 +264,7 @@ class _Training:
         )
         norm = guarded_step(self.optimizer)
         self.average.update()
-        if step + 1 in config.snapshots and self.directory is not None:
-            self.save_average(self.directory / "snapshots" / f"{step + 1:08}.safetensors")
+        self.keep_snapshot(step + 1)
         return metrics | {"gradient_norm": norm}
 
     def describe(self) -> dict[str, Any]:
@@ -264,6 +279,14 @@ class _Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         load_network_state(self.denoiser, self.optimizer, state)
         self.average.load_state_dict(state["average"])
+
+    def keep_snapshot(self, step: int) -> None:
+        """Write the averaged weights where `step` asks for it and they are not there yet."""
+        if step not in self.config.snapshots or self.directory is None:
+            return
+        path = self.directory / "snapshots" / f"{step:08}.safetensors"
+        if not distributed.from_main(path.exists()):
+            self.save_average(path)
 
     def save_average(self, path: Path) -> None:
         weights = self.average.whole()

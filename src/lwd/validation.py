@@ -30,7 +30,7 @@ class Validation:
 
     Args:
         data: held-out latents, normalised as the training latents are.
-        images: how many of them, from the first.
+        images: how many of them, drawn at random, but always the same: sets are often sorted by class.
         points: values of tau, at the midpoints of equal intervals.
     """
 
@@ -38,7 +38,8 @@ class Validation:
         self, data: LatentSource, schedule: Schedule, *, images: int = 256, points: int = 20, batch: int = 64
     ) -> None:
         self.data, self.schedule = data, schedule
-        self.images, self.points, self.batch = min(images, len(data)), points, batch
+        self.images = torch.randperm(len(data), generator=stream(0, "held-out images"))[:images]
+        self.points, self.batch = points, batch
 
     @torch.no_grad()
     def measure(self, denoiser: Denoiser, device: torch.device) -> dict[str, Any]:
@@ -46,8 +47,8 @@ class Validation:
         spec = self.data.spec
         tau = (torch.arange(self.points, device=device) + 0.5) / self.points
         errors = torch.zeros(self.points, len(spec), device=device)
-        for start in range(0, self.images, self.batch):
-            batch = self.data.gather(torch.arange(start, min(start + self.batch, self.images)))
+        for start in range(0, len(self.images), self.batch):
+            batch = self.data.gather(self.images[start : start + self.batch])
             x1, labels = batch.latents.to(device), batch.labels.to(device)
             x0 = torch.randn(x1.shape, generator=stream(0, "validation", start, device), device=device)
             for point in range(self.points):
@@ -55,7 +56,7 @@ class Validation:
                 z = interpolate(x0, x1, t, spec)
                 error = denoiser(z, t, labels).float() - target_velocity(x0, x1)
                 errors[point] += spec.group_mean(error.square()).sum(dim=0)
-        errors /= self.images
+        errors /= len(self.images)
         times = self.schedule(torch.linspace(0, 1, self.points + 1, device=device)).t.clamp(max=HORIZON).double()
         gained = (errors.double() * _weight(times[:-1], times[1:])).sum(dim=0)
         result = {"validation": float((gained * spec.shares(gained)).sum())}

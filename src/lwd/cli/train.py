@@ -202,7 +202,7 @@ def train(
         watchers: list[Watcher] = []
         if distributed.rank() == 0:
             write_run_config(out, where, recipe=recipe, latents=str(latents), train=config, backbone=chosen.backbone)
-            _announce(chosen, len(data), where)
+            _announce(replace(chosen, train=config), len(data), where)
             watchers = _watchers(out, tensorboard, wandb)
         path = make_schedule(text, data.spec.names)
         interval = config.steps * config.batch_size // 10 if sample_every is None else sample_every
@@ -265,12 +265,14 @@ def _announce(recipe: Recipe, images: int, device: torch.device) -> None:
     from lwd import distributed
     from lwd.recipes.budget import cost_of
 
-    config, cost = recipe.train, cost_of(recipe)
-    processes, epochs = distributed.world(), config.steps * config.batch_size / images
+    config = recipe.train
+    cost, processes = cost_of(recipe, recompute=config.recompute), distributed.world()
+    epochs = config.steps * config.batch_size / images
+    memory = cost.memory(config.batch_size // (processes * config.accumulate), config.shards(processes))
     print(
         f"{config.steps:,} steps of {config.batch_size} images ({epochs:.1f} epochs of {images:,}), "
         f"{cost.parameters / 1e6:.1f}M parameters, on {processes} x {device.type}; about "
-        f"{cost.memory(config.batch_size // processes) / 1e9:.1f} GB each",
+        f"{memory / 1e9:.1f} GB each",
         flush=True,
     )
 

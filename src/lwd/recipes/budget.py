@@ -8,6 +8,7 @@ from lwd.cost import (
     FREE_SHARE,
     GIB,
     H100,
+    STATE_BYTES,
     TRAINING_FACTOR,
     Card,
     activation_bytes,
@@ -66,9 +67,14 @@ class Cost:
         """GPU-hours of all probes of the sweep."""
         return self.sweep * self.probe_hours
 
-    def memory(self, batch: int) -> int:
-        """Bytes on one GPU that takes `batch` images at a time."""
-        return self.state + batch * self.activations
+    def memory(self, batch: int, shards: int = 1) -> int:
+        """Bytes on one GPU that takes `batch` images at a time.
+
+        Args:
+            shards: processes that FSDP spreads the state over; the bf16 copies are whole on each of them.
+        """
+        spread = self.parameters * STATE_BYTES
+        return spread // shards + (self.state - spread) + batch * self.activations
 
     def micro_batch(self, memory: int | None = None) -> int:
         """Most images at a time that fit into a GPU, such that they divide the global batch.

@@ -55,6 +55,7 @@ class Schedule(nn.Module, ABC):
         if len(set(names)) != groups:
             raise ValueError(f"group names must differ, not {tuple(names)}")
         self.names = tuple(names)
+        self._placed: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
         self.provenance: dict[str, Any] = {}
 
     @property
@@ -88,6 +89,17 @@ class Schedule(nn.Module, ABC):
     @abstractmethod
     def local_times(self, tau: Tensor) -> LocalTimes:
         """`forward` without its checks."""
+
+    def _constants(self, tau: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        """The schedule's own `values`, always the same ones, on the device and in the dtype of `tau`.
+
+        They are kept there: a copy from the host would make every step of a training or a solver wait for the GPU.
+        """
+        key = tau.device, tau.dtype
+        if key not in self._placed:
+            with torch.inference_mode(False):  # what is kept must be fit for a later backward pass
+                self._placed[key] = tuple(value.to(*key) for value in values)
+        return self._placed[key]
 
     @torch.no_grad()
     def inverse(self, t: Tensor, group: int) -> Tensor:

@@ -48,16 +48,24 @@ class BernsteinSchedule(Schedule):
                 )
 
     def local_times(self, tau: Tensor) -> LocalTimes:
-        c = self.coefficients.to(tau.device, tau.dtype)
-        n = len(c) - 1
-        return LocalTimes((_basis(tau, n) @ c).clamp(0, 1), n * (_basis(tau, n - 1) @ c.diff(dim=0)))
+        n = len(self.coefficients) - 1
+        values, basis, slopes, lower = self._constants(
+            tau, self.coefficients, _binomials(n), n * self.coefficients.diff(dim=0), _binomials(n - 1)
+        )
+        return LocalTimes(_sum(values, basis, tau).clamp(0, 1), _sum(slopes, lower, tau))
 
     def parameters_dict(self) -> dict[str, Any]:
         return {"coefficients": self.coefficients.tolist()}
 
 
-def _basis(tau: Tensor, n: int) -> Tensor:
-    """C(n, k) tau^k (1 - tau)^(n - k) for k = 0 ... n, [B, n + 1]; exactly one of them is 1 at either end."""
+def _binomials(n: int) -> Tensor:
+    return torch.tensor([math.comb(n, k) for k in range(n + 1)], dtype=torch.float64)
+
+
+def _sum(coefficients: Tensor, binomials: Tensor, tau: Tensor) -> Tensor:
+    """sum_k c_kg C(n, k) tau^k (1 - tau)^(n - k), [B, G]; exactly one term counts at either end."""
+    n = len(binomials) - 1
     k = torch.arange(n + 1, device=tau.device, dtype=tau.dtype)
-    binomials = tau.new_tensor([math.comb(n, k) for k in range(n + 1)])
-    return binomials * tau[:, None] ** k * (1 - tau[:, None]) ** k.flip(0)
+    basis = binomials * tau[:, None] ** k * (1 - tau[:, None]) ** (n - k)
+    # Not a matrix product: that would run in bfloat16 under autocast, and in TF32 where that is on.
+    return (basis[:, :, None] * coefficients).sum(dim=1)

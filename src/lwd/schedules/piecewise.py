@@ -63,7 +63,7 @@ class PiecewiseLinearSchedule(Schedule):
                 )
 
     def local_times(self, tau: Tensor) -> LocalTimes:
-        knots, values, slopes = (x.to(tau.device, tau.dtype) for x in (self._knots, self._values, self._slopes))
+        knots, values, slopes = self._constants(tau, self._knots, self._values, self._slopes)
         piece = torch.bucketize(tau, knots[1:-1], right=True)
         left, right = knots[piece], knots[piece + 1]
         # lerp is exact at both ends, so t(0) = 0 and t(1) = 1 in every precision.

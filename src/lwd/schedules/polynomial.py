@@ -61,7 +61,7 @@ class PolynomialSchedule(Schedule):
 
     def local_times(self, tau: Tensor) -> LocalTimes:
         # Far below any rho that learning reaches; it keeps Z from vanishing in float32.
-        a = F.softplus(self.rho.to(tau.dtype).clamp(min=-80.0)).reshape(self.groups - 1, self.degree + 1)
+        a = F.softplus(self.rho.to(tau).clamp(min=-80.0)).reshape(self.groups - 1, self.degree + 1)
         t, dt = [tau], [torch.ones_like(tau)]
         for a_g in a.flip(0):
             f, df = _normalised_polynomial(a_g, t[0])

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lwd.schedules.base import LocalTimes, Schedule
@@ -34,7 +35,7 @@ class ShiftedSchedule(Schedule):
         self.shifts = tuple(float(a) for a in shifts)
 
     def local_times(self, tau: Tensor) -> LocalTimes:
-        a, s = tau.new_tensor(self.shifts), tau[:, None]
+        (a,), s = self._constants(tau, torch.tensor(self.shifts, dtype=torch.float64)), tau[:, None]
         denominator = a * s + (1 - s)  # = 1 + (a - 1) tau, written so that t(1) = a / a
         return LocalTimes(a * s / denominator, a / denominator**2)
 

@@ -223,6 +223,9 @@ def test_a_run_that_is_made_longer_does_not_pass_off_its_former_end_as_the_new_o
     former = Pipeline.from_pretrained(longer, step=6)
     assert former.describe()["step"] == 6
     assert former.describe()["model_sha256"] == Pipeline.from_pretrained(run).describe()["model_sha256"]
+    (longer / "config.json").rename(tmp_path / "config.json")  # a run by `lwd.train` alone has none
+    assert Pipeline.from_pretrained(longer).describe()["step"] == 6
+    (tmp_path / "config.json").rename(longer / "config.json")
     # Cut off between the new weights and the note of their step.
     note = json.loads((longer / "model" / "trained.json").read_text())
     (longer / "model" / "trained.json").write_text(json.dumps(note | {"sha256": "of others"}))

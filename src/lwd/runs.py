@@ -53,14 +53,6 @@ def note_step(model: Path, step: int) -> None:
     write_json(model / "trained.json", {"step": step, "sha256": sha256_of(model / "model.safetensors")})
 
 
-def _step_of(model: Path, digest: str, planned: int | None) -> int | None:
-    """The step of the weights in `model`; None where the note is of others, which were written when it was cut off."""
-    if not (model / "trained.json").is_file():
-        return planned
-    note = read_json(model / "trained.json")
-    return int(note["step"]) if note["sha256"] == digest else None
-
-
 def steps_kept(directory: Path) -> list[int]:
     """The steps of a run whose averaged weights can be read, in order; not that of the finished model."""
     snapshots = {int(path.stem) for path in (directory / "snapshots").glob("*.safetensors")}
@@ -90,12 +82,15 @@ def read_run(directory: Path, step: int | None) -> tuple[LightningDiT, dict[str,
         "train_seed": planned.get("seed"),
     }
     digest = sha256_of(final / "model.safetensors") if exported else ""
-    end = _step_of(final, digest, planned.get("steps")) if exported else None
-    # A run that was made longer still has the model of its former end.
-    if step is None and (not exported or end != planned.get("steps")):
-        have = sorted({*kept, *([] if end is None else [end])})
+    noted = final / "trained.json"
+    note = read_json(noted) if noted.is_file() else {"step": planned.get("steps"), "sha256": digest}
+    # A run that was made longer still has the model of its former end; in one that was cut off while it wrote the new
+    # model, the weights are not those of the note.
+    end = note["step"] if exported and note["sha256"] == digest else -1
+    if step is None and (end == -1 or end != planned.get("steps", end)):
+        have = sorted({*kept, end} - {-1})
         raise FileNotFoundError(f"{directory} is not finished; its weights can be had of the steps {have}")
-    if exported and step in (None, end):
+    if end != -1 and step in (None, end):
         return LightningDiT.from_pretrained(final), origin | {"step": end, "model_sha256": digest}
     if step is None or step not in kept:
         raise FileNotFoundError(f"{directory} kept nothing of step {step}, only of {kept}")

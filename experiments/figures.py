@@ -163,8 +163,8 @@ def arms(evidence: Evidence) -> Any:
                 plot.scatter(found, [place] * len(found), color=colour, marker=marker, s=30, zorder=3)
                 plot.scatter(sum(found) / len(found), place, color=colour, marker="|", s=260)
             plot.set_yticks(range(len(there)), [ARMS[arm][0] for arm in there])
-            plot.invert_yaxis()
-            plot.set(xlabel="distance by the judge")
+            plot.set(xlabel="distance by the judge", ylim=(len(there) - 0.4, -0.6))
+            plot.margins(x=0.08)
             plot.set_title(f"{name}, {title}", loc="left", color=INK)
     return figure
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from floor import timed
 from lwd import IMAGENET_SPEC, LightningDiT, OffsetSchedule, TrainConfig, lightningdit_config
-from lwd.compute import compile_blocks
+from lwd.compute import Precision, compile_blocks
 from lwd.data import TensorLatents
 from lwd.files import write_json
 from lwd.machine import default_precision, describe_machine, describe_versions, pick_device
@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--size", default="S")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--precision", choices=["float32", "bf16"], help="what the device is best at, if not given")
+    parser.add_argument("--variants", nargs="*", default=list(VARIANTS)[1:], choices=list(VARIANTS)[1:], metavar="NAME")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", type=Path, help="write the result here too")
     chosen = parser.parse_args()
@@ -48,7 +50,11 @@ def main() -> None:
     device = pick_device(chosen.device)
     config = lightningdit_config(chosen.size, IMAGENET_SPEC, input_size=16, num_classes=1000, repa_depth=2)
     network = LightningDiT(config).to(device)
-    steps = {name: make(copy.deepcopy(network), patch, chosen.batch, device) for name, patch in VARIANTS.items()}
+    precision = chosen.precision or default_precision(device)
+    steps = {
+        name: make(copy.deepcopy(network), VARIANTS[name], chosen.batch, precision, device)
+        for name in ("lwd", *chosen.variants)
+    }
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(chosen.repeats + 2):
         for name, step in steps.items():
@@ -64,15 +70,17 @@ def main() -> None:
               f"({quartiles[0]:.3f} to {quartiles[2]:.3f})")  # fmt: skip
     if chosen.json is not None:
         described = {"machine": describe_machine(device), "versions": describe_versions()}
-        setting = {"size": chosen.size, "batch": chosen.batch, "precision": default_precision(device)}
+        setting = {"size": chosen.size, "batch": chosen.batch, "precision": precision}
         write_json(chosen.json, {"variants": rows, **setting, **described})
 
 
-def make(network: LightningDiT, patch: Patch, batch: int, device: torch.device) -> Callable[[int], None]:
+def make(
+    network: LightningDiT, patch: Patch, batch: int, precision: Precision, device: torch.device
+) -> Callable[[int], None]:
     """Steps of a training in which `patch` holds."""
     latents, features = torch.randn(32, 48, 16, 16, device=device), torch.randn(32, 768, 16, 16, device=device)
     data = TensorLatents(IMAGENET_SPEC, latents, torch.arange(32, device=device), features=features)
-    config = TrainConfig(batch_size=batch, precision=default_precision(device), compile=True)
+    config = TrainConfig(batch_size=batch, precision=precision, compile=True)
     with patch():
         if patch is scattered:
             network.blocks[0].register_forward_pre_hook(scatter)
@@ -129,6 +137,7 @@ VARIANTS: dict[str, Patch] = {
     "PyTorch's fused attention": replaced("lwd.backbones.lightningdit.attend", F.scaled_dot_product_attention),
     "average tensor by tensor": replaced("lwd.parallel.Average.update", one_by_one),
     "AdamW by foreach": replaced("lwd.training.adamw", unfused),
+    "float32 products by MKL": replaced("lwd.linear.AVX512", False),
     # Not done, but tried.
     "compiled as one graph": replaced("lwd.parallel.compile_blocks", lambda network: network.compile(dynamic=False)),
     "the final layer compiled too": replaced("lwd.parallel.compile_blocks", compile_final_layer_too),

@@ -22,6 +22,7 @@ from lwd import IMAGENET_SPEC, LightningDiTConfig, lightningdit_config
 from lwd.compute import Precision
 from lwd.cost import TRAINING_FACTOR, activation_bytes, forward_flops, parameter_count, state_bytes
 from lwd.files import write_json
+from lwd.linear import inner_products
 from lwd.machine import describe_machine, describe_versions, pick_device
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -46,8 +47,9 @@ def measure_limits(device: torch.device, precision: Precision, repeats: int = 15
     for inputs, outputs in ((384, 1152), (384, 2048), (1152, 3456), (1152, 6144)):
         a, b = torch.randn(tokens, inputs, device=device, dtype=dtype), torch.randn(outputs, inputs, device=device)
         b = b.to(dtype)
-        seconds = quickest(lambda a=a, b=b: torch.nn.functional.linear(a, b), device, repeats)
-        rates.append(2 * tokens * inputs * outputs / seconds)
+        for product in (torch.nn.functional.linear, inner_products):  # by MKL and by oneDNN, in float32 on a CPU
+            seconds = quickest(lambda a=a, b=b, product=product: product(a, b), device, repeats)
+            rates.append(2 * tokens * inputs * outputs / seconds)
     source = torch.randn(2**26 if device.type == "cpu" else 2**30, device=device)
     target = torch.empty_like(source)
     seconds = quickest(lambda: target.copy_(source), device, repeats)

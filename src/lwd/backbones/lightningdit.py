@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from lwd.backbones.config import LightningDiTConfig
+from lwd.linear import Linear
 
 EPS = 1e-6
 TIME_FREQUENCIES = 256
@@ -41,9 +42,9 @@ class Attention(nn.Module):
     def __init__(self, config: LightningDiTConfig) -> None:
         super().__init__()
         width, self.heads = config.hidden_size, config.num_heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.q_norm, self.k_norm = (RMSNorm(width // self.heads) if config.qk_norm else nn.Identity() for _ in range(2))
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, tokens, width = x.shape
@@ -58,8 +59,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.w12 = nn.Linear(width, 2 * hidden)
-        self.w3 = nn.Linear(hidden, width)
+        self.w12 = Linear(width, 2 * hidden)
+        self.w3 = Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
@@ -75,7 +76,7 @@ class Block(nn.Module):
         self.norm1, self.norm2 = RMSNorm(width), RMSNorm(width)
         self.attn = Attention(config)
         self.mlp = SwiGLU(width, config.mlp_hidden)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
 
     def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         # In the precision of x, because 1 + scale in bfloat16 would round scale to 8 bits behind the 1.
@@ -92,8 +93,8 @@ class FinalLayer(nn.Module):
         super().__init__()
         width = config.hidden_size
         self.norm_final = RMSNorm(width)
-        self.linear = nn.Linear(width, config.patch_size**2 * config.spec.channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+        self.linear = Linear(width, config.patch_size**2 * config.spec.channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition)[:, None].to(x.dtype).chunk(2, dim=-1)
@@ -140,11 +141,11 @@ class LightningDiT(nn.Module):
         if config.repa_depth is not None:
             inner = config.repa_projector_dim
             self.repa_projector = nn.Sequential(
-                nn.Linear(width, inner),
+                Linear(width, inner),
                 nn.SiLU(),
-                nn.Linear(inner, inner),
+                Linear(inner, inner),
                 nn.SiLU(),
-                nn.Linear(inner, config.repa_dim),
+                Linear(inner, config.repa_dim),
             )
         self.reset_parameters()
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from lwd.encoders.composite import Posterior
 from lwd.files import read_json, sha256_of, write_atomically, write_json
+from lwd.linear import Linear
 from lwd.randomness import stream
 
 PUBLISHED_HEADS = 6
@@ -217,10 +218,10 @@ class _Transformer(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, config: SemVAEConfig) -> None:
         super().__init__()
-        self.input = nn.Linear(inputs, config.width)
+        self.input = Linear(inputs, config.width)
         self.blocks = nn.ModuleList(_Block(config.width, config.heads) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.width)
-        self.output = nn.Linear(config.width, outputs)
+        self.output = Linear(config.width, outputs)
 
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.input(tokens)
@@ -235,7 +236,7 @@ class _Block(nn.Module):
         self.attention_norm = nn.LayerNorm(width)
         self.attention = _Attention(width, heads)
         self.mlp_norm = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.attention_norm(x))
@@ -246,8 +247,8 @@ class _Attention(nn.Module):
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.output = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.output = Linear(width, width)
         # As nn.MultiheadAttention begins, which the published model is trained with.
         nn.init.xavier_uniform_(self.qkv.weight)
         nn.init.zeros_(self.qkv.bias)

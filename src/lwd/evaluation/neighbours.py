@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lwd.evaluation.numerics import float32_arithmetic
 from lwd.evaluation.statistics import Features, as_features
+from lwd.linear import inner_products
 
 Distances = Literal["float64", "float32", "float16"]
 
@@ -160,9 +161,9 @@ class _Points(NamedTuple):
         a, b = self.x[rows], other.x[columns]
         squares_a, squares_b = self.squares[rows, None], other.squares[columns]
         if self.half:
-            return _to_half(_to_half(squares_a - 2 * _to_half(a @ b.T)) + squares_b).clamp_(min=0)
+            return _to_half(_to_half(squares_a - 2 * _to_half(inner_products(a, b))) + squares_b).clamp_(min=0)
         scale = squares_a + squares_b
-        tile = torch.addmm(scale, a, b.T, alpha=-2)
+        tile = inner_products(a, b).mul_(-2).add_(scale)
         return tile.masked_fill_(tile < _ROUNDING[tile.dtype] * scale, 0)
 
 

@@ -4,7 +4,7 @@
 
 ``docs/results/evidence/`` gets, for each set of images, ``probes-NAME.json``, ``surfaces-NAME.json`` and
 ``evaluations-NAME.json``. The last is what `lwd report` reads; each of its entries says in ``arm`` which task it comes
-from.
+from. What is kept already stays, unless the same task was done again, so experiments can be spread over machines.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def spread(rows: Sequence[Row], key: Callable[[Row], K], value: Callable[[Row], 
 
 
 def collect(places: Places, kept: Path = KEPT) -> list[Path]:
-    """Write the files of every set of images that has results; returns them."""
+    """Add results to the files of every set of images that has some; returns these files."""
     written = []
     for name in SETS:
         probes = [_probe(read_json(file)) for file in sorted((places.out / "probes" / name).rglob("result.json"))]
@@ -68,13 +68,15 @@ def collect(places: Places, kept: Path = KEPT) -> list[Path]:
         surfaces = [_surface(file) for file in sorted((places.out / "surfaces" / name).rglob("result.json"))]
         floor = places.out / "judges" / name / "floor.json"
         if probes:
-            written.append(_write(kept / f"probes-{name}.json", {"format": PROBE, "probes": probes}, "probes"))
+            written.append(_add(probes, kept / f"probes-{name}.json", "probes", {"format": PROBE}, _probe_task))
         if surfaces:
-            kept_of = {"format": SURFACES, "surfaces": surfaces}
-            written.append(_write(kept / f"surfaces-{name}.json", kept_of, "surfaces"))
+            written.append(
+                _add(surfaces, kept / f"surfaces-{name}.json", "surfaces", {"format": SURFACES}, _surface_task)
+            )
         if scores:
-            about = {"format": EVALUATIONS, "floor": read_json(floor), "results": [_score(s) for s in scores]}
-            written.append(_write(kept / f"evaluations-{name}.json", about, "results"))
+            about = {"format": EVALUATIONS, "floor": read_json(floor)}
+            found = [_score(score) for score in scores]
+            written.append(_add(found, kept / f"evaluations-{name}.json", "results", about, _score_task))
     return written
 
 
@@ -128,11 +130,27 @@ def _origin(found: Row) -> Row:
     return {"machine": found["machine"], "versions": found["versions"]}
 
 
-def _write(path: Path, content: Row, listed: str) -> Path:
-    """JSON with one line for every entry of the list: small, and a new result is a new line."""
-    head = json.dumps({key: value for key, value in content.items() if key != listed})
-    lines = ",\n".join(json.dumps(entry, separators=(",", ":"), ensure_ascii=False) for entry in content[listed])
-    text = f'{head[:-1]}, "{listed}": [\n{lines}\n]}}\n'
+def _probe_task(row: Row) -> Hashable:
+    return tuple(row[key] for key in ("data", "encoder", "seed", "kinetic", "variant"))
+
+
+def _surface_task(row: Row) -> Hashable:
+    return tuple(row[key] for key in ("data", "encoder", "seed"))
+
+
+def _score_task(row: Row) -> Hashable:
+    return json.dumps({key: value for key, value in row["arm"].items() if key != "evaluations"}, sort_keys=True)
+
+
+def _add(rows: list[Row], path: Path, listed: str, about: Row, task: Callable[[Row], Hashable]) -> Path:
+    """Add rows to those of a file, in the place of those of the same task.
+
+    JSON with one line for every entry of the list: small, and a new result is a new line.
+    """
+    before = read_json(path)[listed] if path.exists() else []
+    content = {task(row): row for row in [*before, *rows]}
+    lines = ",\n".join(json.dumps(row, separators=(",", ":"), ensure_ascii=False) for row in content.values())
+    text = f'{json.dumps(about)[:-1]}, "{listed}": [\n{lines}\n]}}\n'
     return write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 

@@ -139,6 +139,13 @@ def test_from_tasks_to_the_page(places, tmp_path, monkeypatch, capsys):
     assert "| real images |" in text
     assert "| independent times, along best path, weights uniform, λ 0.02 |" in text
     assert "| information | 0.02 |" in text
+    # Experiments may be spread over machines: what is kept stays, and the same task does not count twice.
+    before = Evidence.load(kept)
+    score.file(places).unlink()
+    Probe(DATA, "weak", 0, 0.02).file(places).unlink()
+    monkeypatch.setattr(sys, "argv", ["collect", "--out", str(places.out), "--kept", str(kept)])
+    collect.main()
+    assert Evidence.load(kept) == before
     # What is kept is what `lwd report` reads.
     assert len(collect_for_report([kept]).results) == 8
 

@@ -74,9 +74,10 @@ def collect(places: Places, kept: Path = KEPT) -> list[Path]:
                 _add(surfaces, kept / f"surfaces-{name}.json", "surfaces", {"format": SURFACES}, _surface_task)
             )
         if scores:
-            about = {"format": EVALUATIONS, "floor": read_json(floor)}
-            found = [_score(score) for score in scores]
-            written.append(_add(found, kept / f"evaluations-{name}.json", "results", about, _score_task))
+            path, found = kept / f"evaluations-{name}.json", [_score(score) for score in scores]
+            floors = read_json(path)["floors"] if path.exists() else {}
+            floors |= {_judge(row): read_json(floor) for row in found}
+            written.append(_add(found, path, "results", {"format": EVALUATIONS, "floors": floors}, _score_task))
     return written
 
 
@@ -126,6 +127,12 @@ def _score(found: Row) -> Row:
     return {"arm": arm, "metrics": metrics, "generated": generated, "settings": settings} | _origin(found)
 
 
+def _judge(score: Row) -> str:
+    """Judges trained alike on different machines are not the same to the last digit."""
+    sha256: str = score["settings"]["judge"]["sha256"]
+    return sha256
+
+
 def _origin(found: Row) -> Row:
     return {"machine": found["machine"], "versions": found["versions"]}
 
@@ -162,24 +169,24 @@ class Evidence:
         probes: rows of `_probe`.
         scores: rows of arm and metrics.
         surfaces: rows of `_surface`.
-        floors: metrics of real training images, by set.
+        floors: metrics of real training images, by set and judge.
     """
 
     probes: list[Row]
     scores: list[Row]
-    floors: dict[str, Row]
+    floors: dict[str, dict[str, Row]]
     surfaces: list[Row]
 
     @classmethod
     def load(cls, kept: Path = KEPT) -> Evidence:
         """Raises FileNotFoundError when nothing is kept there yet."""
-        probes, scores, floors = list[Row](), list[Row](), dict[str, Row]()
+        probes, scores, floors = list[Row](), list[Row](), dict[str, dict[str, Row]]()
         for file in sorted(kept.glob("probes-*.json")):
             probes += read_json(file)["probes"]
         surfaces = [row for file in sorted(kept.glob("surfaces-*.json")) for row in read_json(file)["surfaces"]]
         for file in sorted(kept.glob("evaluations-*.json")):
             data = read_json(file)
-            floors[file.stem.removeprefix("evaluations-")] = data["floor"]
+            floors[file.stem.removeprefix("evaluations-")] = data["floors"]
             scores += [_flat(result) for result in data["results"]]
         if not probes and not scores:
             raise FileNotFoundError(f"nothing is in {kept}: run `python -m experiments.collect` after some experiments")
@@ -207,7 +214,7 @@ def _flat(result: Row) -> Row:
     along = arm.pop("along")
     if along:
         arm["schedule"] = f"{arm['schedule']} along {along}"
-    return arm | result["metrics"]
+    return arm | result["metrics"] | {"judge": _judge(result)}
 
 
 def _matching(rows: Iterable[Row], wanted: Row) -> list[Row]:

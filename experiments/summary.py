@@ -106,8 +106,11 @@ def _compared(evidence: Evidence, chosen: Callable[[Row], bool], variant: str) -
         for scale, words in figures.GUIDANCES.items():
             rows = [row for row in evidence.some_scores(data=name, scale=scale) if chosen(row)]
             if rows:
-                floor = {} if scale else evidence.floors[name]
-                parts.append(f"{name}, {words}:\n\n" + _all_metrics(rows, floor, (LEARNED_ARM[0], variant)))
+                judges = sorted({row["judge"] for row in rows})
+                floors = [] if scale else [evidence.floors[name][judge] for judge in judges]
+                several = f" ({len(judges)} judges, trained alike on different machines)" if len(judges) > 1 else ""
+                made = _all_metrics(rows, floors, (LEARNED_ARM[0], variant))
+                parts.append(f"{name}, {words}{several}:\n\n{made}")
     return "\n\n".join(parts)
 
 
@@ -118,7 +121,7 @@ def main_arm(row: Row) -> bool:
     return arm(row) == LEARNED_ARM or fixed or offset
 
 
-def _all_metrics(rows: Sequence[Row], floor: Row, learned: tuple[str, str]) -> str:
+def _all_metrics(rows: Sequence[Row], floors: Sequence[Row], learned: tuple[str, str]) -> str:
     found = {metric: spread(rows, arm, lambda row, m=metric: row[m]) for metric in METRICS}  # type: ignore[misc]
     better = spread(rows, arm, lambda row: row["fd_judge"])
     reference = better.get(learned)
@@ -126,9 +129,9 @@ def _all_metrics(rows: Sequence[Row], floor: Row, learned: tuple[str, str]) -> s
     for key in sorted(better, key=lambda key: better[key].mean):
         cells = [found[metric][key].text(digits) for metric, digits in METRICS.items()]
         lines.append([arm_name(*key), *cells, versus(better[key], reference), str(len(better[key].values))])
-    if floor:
-        floor = floor | {"memorised": floor["memorised_heldout"]}  # of copies it says nothing
-        cells = [f"{floor[metric]:.{digits}f}" for metric, digits in METRICS.items()]
+    if floors:
+        floors = [floor | {"memorised": floor["memorised_heldout"]} for floor in floors]  # of copies it says nothing
+        cells = [Spread(tuple(floor[m] for floor in floors)).text(digits) for m, digits in METRICS.items()]
         lines.append(["real images", *cells, "", ""])
     return markdown(
         ["schedule", *TITLES.values(), "judge's distance to the learned one's, seed by seed", "seeds"], lines

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import lwd.linear
 from lwd.linear import Linear, by_onednn, inner_products, onednn_is_faster
@@ -69,6 +70,13 @@ def test_as_an_operator():
     torch.library.opcheck(by_onednn, drawn((7, 5), (6, 5), (6,)))
     a, b = drawn((7, 5), (6, 5))
     torch.library.opcheck(by_onednn, (a, b, None))
+
+
+def test_operations_are_counted():
+    a, b, bias = drawn((7, 5), (6, 5), (6,))
+    with FlopCounterMode(display=False) as counter:
+        by_onednn(a, b, bias).sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 7 * 5 * 6
 
 
 def test_a_linear_map_of_any_shape(everywhere):

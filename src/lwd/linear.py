@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
 
 FEWEST_PRODUCTS = 2**22
 """Multiplications from which on oneDNN gains more than the call costs, some 20 µs."""
@@ -75,3 +76,9 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 by_onednn.register_autograd(_differentiate, setup_context=_keep)
+
+
+@register_flop_formula(torch.ops.lwd.by_onednn)
+def _operations(a: torch.Size, b: torch.Size, *_: Any, **__: Any) -> int:
+    """For `torch.utils.flop_counter`: of the shapes of a and b."""
+    return 2 * a.numel() * b[0]

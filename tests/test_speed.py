@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import lwd
+import lwd.linear
 from lwd.backbones.lightningdit import attend
 from lwd.compute import compile_blocks
 from lwd.data import TensorLatents
@@ -55,6 +56,16 @@ def test_a_network_without_blocks_is_compiled_whole(traced):
     network = nn.Conv2d(3, 3, 1)
     compile_blocks(network)
     assert traced == [network]
+
+
+@pytest.mark.skipif(not lwd.linear.ONEDNN, reason="PyTorch was built without oneDNN")
+def test_products_by_onednn(traced, monkeypatch):
+    monkeypatch.setattr("lwd.linear.AVX512", False)
+    expected = losses()
+    monkeypatch.setattr("lwd.linear.AVX512", True)
+    monkeypatch.setattr("lwd.linear.FEWEST_PRODUCTS", 0)
+    assert losses() == pytest.approx(expected, rel=1e-5)
+    assert losses(compile=True, recompute=1) == pytest.approx(expected, rel=1e-5)
 
 
 def test_recomputed(traced):

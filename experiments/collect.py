@@ -128,7 +128,7 @@ def _score(found: Row) -> Row:
 
 
 def _judge(score: Row) -> str:
-    """Judges trained alike on different machines are not the same to the last digit."""
+    """Judges trained alike in different runs are not the same to the last digit."""
     sha256: str = score["settings"]["judge"]["sha256"]
     return sha256
 

@@ -108,7 +108,7 @@ def _compared(evidence: Evidence, chosen: Callable[[Row], bool], variant: str) -
             if rows:
                 judges = sorted({row["judge"] for row in rows})
                 floors = [] if scale else [evidence.floors[name][judge] for judge in judges]
-                several = f" ({len(judges)} judges, trained alike on different machines)" if len(judges) > 1 else ""
+                several = f" ({len(judges)} judges, trained alike in different runs)" if len(judges) > 1 else ""
                 made = _all_metrics(rows, floors, (LEARNED_ARM[0], variant))
                 parts.append(f"{name}, {words}{several}:\n\n{made}")
     return "\n\n".join(parts)

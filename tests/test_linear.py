@@ -93,9 +93,8 @@ def test_a_network(everywhere):
     products = len(everywhere)
     lwd.linear.AVX512 = False
     assert_close(found, network(*arguments), 1e-5)
-    assert (
-        products == len(everywhere) == 5 * SMALL.depth + 2
-    )  # four a block and its modulation; those of the last layer
+    # Four in a block and its modulation; two in the last layer.
+    assert products == len(everywhere) == 5 * SMALL.depth + 2
 
 
 def test_where_it_is_used(monkeypatch):

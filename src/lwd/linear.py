@@ -1,9 +1,9 @@
 """Products with a transposed matrix, a b^T: linear maps, and all pairs of two sets of vectors.
 
-PyTorch leaves float32 products on a CPU to MKL, which on AMD processors computes with half the width of AVX-512.
-oneDNN, which comes with PyTorch too and does its convolutions, uses all of it: twice the rate, forward and backward
-(`docs/results/speed.md`, measured on Zen 5; not on Intel's processors, for which both libraries are made). Everything
-else, and everything on processors without AVX-512, is computed as PyTorch does it.
+PyTorch leaves float32 products on a CPU to MKL. oneDNN, which comes with PyTorch too and does its convolutions,
+computes them at twice the rate on AMD's Zen 5, forward and backward (`docs/results/speed.md`; not measured on Intel's
+processors, for which both libraries are made). Everything else, and everything on processors without AVX-512, is
+computed as PyTorch does it.
 """
 
 from __future__ import annotations

@@ -124,11 +124,10 @@ def main_arm(row: Row) -> bool:
 def _all_metrics(rows: Sequence[Row], floors: Sequence[Row], learned: tuple[str, str]) -> str:
     found = {metric: spread(rows, arm, lambda row, m=metric: row[m]) for metric in METRICS}  # type: ignore[misc]
     better = spread(rows, arm, lambda row: row["fd_judge"])
-    reference = better.get(learned)
     lines = []
     for key in sorted(better, key=lambda key: better[key].mean):
         cells = [found[metric][key].text(digits) for metric, digits in METRICS.items()]
-        lines.append([arm_name(*key), *cells, versus(better[key], reference), str(len(better[key].values))])
+        lines.append([arm_name(*key), *cells, versus(rows, key, learned), str(len(better[key].values))])
     if floors:
         floors = [floor | {"memorised": floor["memorised_heldout"]} for floor in floors]  # of copies it says nothing
         cells = [Spread(tuple(floor[m] for floor in floors)).text(digits) for m, digits in METRICS.items()]
@@ -138,12 +137,22 @@ def _all_metrics(rows: Sequence[Row], floors: Sequence[Row], learned: tuple[str,
     )
 
 
-def versus(some: Spread, reference: Spread | None) -> str:
-    """The ratio to the reference in each seed: mean and least to most."""
-    if reference is None or len(some.values) != len(reference.values):
+def versus(rows: Sequence[Row], some: tuple[str, str], reference: tuple[str, str]) -> str:
+    """The judge's distance of an arm over that of the reference with the same seed, by the same judge: mean and least
+    to most."""
+    distances: dict[tuple[str, str], dict[tuple[int, str], float]] = {some: {}, reference: {}}
+    for row in rows:
+        if arm(row) in distances:
+            distances[arm(row)][row["seed"], row["judge"]] = row["fd_judge"]
+    ratios = [
+        distance / distances[reference][pair]
+        for pair, distance in distances[some].items()
+        if pair in distances[reference]
+    ]
+    if not ratios:
         return ""
-    ratios = [a / b for a, b in zip(some.values, reference.values, strict=True)]
-    return f"{sum(ratios) / len(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+    between = f" [{min(ratios):.2f}, {max(ratios):.2f}]" if len(ratios) > 1 else ""
+    return f"{sum(ratios) / len(ratios):.2f}{between}"
 
 
 def evaluations(evidence: Evidence) -> str:
@@ -191,7 +200,7 @@ def others(evidence: Evidence) -> str:
                     [
                         arm_name(*key), unguided[key].text(2), other[key].text(0),
                         with_guidance[key].text(2) if key in with_guidance else "",
-                        versus(unguided[key], unguided.get(LEARNED_ARM)), str(len(unguided[key].values)),
+                        versus(keep, key, LEARNED_ARM), str(len(unguided[key].values)),
                     ]
                     for key in sorted(unguided, key=lambda key: unguided[key].mean)
                 ]  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from experiments.plans import PLANS, planned
 from experiments.sets import SETS, Places
 from experiments.tasks import Probe, Score, Surface, Training, named_schedule
 from lwd.data.embedded import CLASS_NAMES, load_embedded_images
+from lwd.files import read_json
 from lwd.probe import delay
 from lwd.report.collect import collect as collect_for_report
 
@@ -148,6 +150,32 @@ def test_from_tasks_to_the_page(places, tmp_path, monkeypatch, capsys):
     assert Evidence.load(kept) == before
     # What is kept is what `lwd report` reads.
     assert len(collect_for_report([kept]).results) == 8
+
+
+def test_the_published_judge_is_used_where_there_is_one(places, tmp_path, monkeypatch):
+    """Not for a quick look, though, whose judge is trained as briefly as its models."""
+    of_the_set = places.judges(SETS[DATA]) / "judge.safetensors"
+    published, there = tmp_path / "published", Places(tmp_path / "out")
+    published.mkdir()
+    (published / f"{DATA}.safetensors").write_bytes(of_the_set.read_bytes())
+    monkeypatch.setattr(latents, "PUBLISHED_JUDGES", published)
+    there.out.mkdir()
+    (there.out / "images").symlink_to(places.out / "images")
+    latents.prepare_judges(SETS[DATA], there, 1.0)
+    assert (there.judges(SETS[DATA]) / "judge.safetensors").read_bytes() == of_the_set.read_bytes()
+    floors = [read_json(each.judges(SETS[DATA]) / "floor.json") for each in (places, there)]
+    assert floors[0]["fd_judge"] == pytest.approx(floors[1]["fd_judge"], rel=1e-4)
+
+
+def test_distances_are_compared_by_one_judge():
+    def row(schedule, seed, judge, distance):
+        return {"schedule": schedule, "variant": "", "seed": seed, "judge": judge, "fd_judge": distance}
+
+    rows = [row("learned", 0, "a", 2.0), row("learned", 1, "b", 4.0), row("synchronous", 0, "a", 3.0)]
+    compared = partial(summary.versus, some=("synchronous", ""), reference=("learned", ""))
+    assert compared([*rows, row("synchronous", 1, "b", 5.0)]) == "1.38 [1.25, 1.50]"
+    assert compared([*rows, row("synchronous", 1, "a", 5.0)]) == "1.50"
+    assert compared(rows[1:]) == ""
 
 
 def test_spread():

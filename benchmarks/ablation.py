@@ -120,14 +120,6 @@ def by_products(tokens: torch.Tensor, features: torch.Tensor, loss: str) -> torc
     return (1 - vecdot(x, y) / lengths).mean()
 
 
-def by_index(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """The rotation with the pairs' channels taken by index."""
-    pairs = x.unflatten(-1, (-1, 2))
-    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
-    cos, sin = (torch.stack([table, table], dim=-1).flatten(-2) for table in (cos, sin))
-    return x * cos + turned * sin
-
-
 @torch.no_grad()
 def one_by_one(average: Any) -> None:
     for value, parameter in zip(average._values, average._parameters(), strict=True):
@@ -143,7 +135,6 @@ VARIANTS: dict[str, Patch] = {
     "not compiled": replaced("lwd.parallel.compile_blocks", lambda network: None),
     "tokens channel by channel": scattered,
     "PyTorch's fused attention": replaced("lwd.backbones.lightningdit.attend", F.scaled_dot_product_attention),
-    "rotation by index": replaced("lwd.backbones.lightningdit.rotate", by_index),
     "average tensor by tensor": replaced("lwd.parallel.Average.update", one_by_one),
     "AdamW by foreach": replaced("lwd.training.adamw", unfused),
     "float32 products by MKL": replaced("lwd.linear.AVX512", False),

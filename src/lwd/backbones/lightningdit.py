@@ -331,10 +331,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the channel pairs of x [B, heads, N, d] by the angles behind cos and sin [N, d / 2]."""
-    # Unbound rather than indexed: the derivative is then a stack instead of a scatter.
-    first, second = x.unflatten(-1, (-1, 2)).unbind(dim=-1)
-    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
+    """Rotate the channel pairs of x [B, heads, N, d] by the angles behind cos and sin [N, d]."""
+    pairs = x.unflatten(-1, (-1, 2))
+    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
+    return x * cos + turned * sin
 
 
 def time_frequencies() -> Tensor:
@@ -344,12 +344,12 @@ def time_frequencies() -> Tensor:
 
 
 def rotary_tables(side: int, head_width: int) -> tuple[Tensor, Tensor]:
-    """cos and sin [side^2, head_width / 2]: half of the channel pairs turn with the row, half with the column."""
+    """cos and sin [side^2, head_width]: half of the channels turn with the row, half with the column."""
     half = head_width // 2
     frequencies = 10_000 ** -(torch.arange(0, half, 2, dtype=torch.float32, device="cpu") / half)
-    angles = torch.outer(torch.arange(side, dtype=torch.float32, device="cpu"), frequencies)
-    rows = angles[:, None].expand(side, side, half // 2)
-    columns = angles[None].expand(side, side, half // 2)
+    angles = torch.outer(torch.arange(side, dtype=torch.float32, device="cpu"), frequencies).repeat_interleave(2, dim=1)
+    rows = angles[:, None].expand(side, side, half)
+    columns = angles[None].expand(side, side, half)
     grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)
     return grid.cos(), grid.sin()
 

@@ -183,8 +183,7 @@ def _check_variant(state: Mapping[str, Tensor], width: int, outputs: int) -> Non
 def _check_tables(state: Mapping[str, Tensor], config: LightningDiTConfig) -> None:
     """ValueError unless the stored tables are the fixed ones of this grid (to half precision)."""
     side = config.input_size // config.patch_size
-    tables = rotary_tables(side, config.hidden_size // config.num_heads)
-    cos, sin = (table.repeat_interleave(2, dim=1) for table in tables)
+    cos, sin = rotary_tables(side, config.hidden_size // config.num_heads)
     for name, ours in zip(TABLES, (sincos_positions(side, config.hidden_size), cos, sin), strict=True):
         if name not in state:
             raise ValueError(f"missing: {name}")

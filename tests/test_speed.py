@@ -1,5 +1,6 @@
 """What makes steps fast changes no loss: each way of doing the work beside the plain one (docs/results/speed.md)."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 import lwd
 import lwd.linear
-from lwd.backbones.lightningdit import attend
+from lwd.backbones.lightningdit import Block, attend, rotary_tables
 from lwd.compute import compile_blocks
 from lwd.data import TensorLatents
 from lwd.guidance import AutoGuidance, ClassifierFreeGuidance
@@ -155,3 +156,30 @@ def test_a_step_does_not_wait_for_the_gpu():
         training.update(1)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler needs a C++ compiler")
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_compiled_block_has_the_derivatives_of_the_plain_one(precision):
+    """With the real compiler, at sizes at which it vectorises: it can be wrong (docs/results/speed.md, rotation)."""
+    config = replace(SMALL, input_size=8, hidden_size=128, num_heads=2)
+    block = Block(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for parameter in block.parameters():
+            nn.init.normal_(parameter, std=0.05)
+        x, condition = torch.randn(2, 64, 128), torch.randn(2, 128)
+    tables = rotary_tables(8, 64)
+
+    def found(block: nn.Module) -> list[torch.Tensor]:
+        block.zero_grad()
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            out = block(leaf, condition, *tables)
+        out.square().mean().backward()
+        return [out.detach(), leaf.grad, *(parameter.grad.clone() for parameter in block.parameters())]
+
+    expected = found(block)
+    block.compile(dynamic=False)
+    for ours, plain in zip(found(block), expected, strict=True):
+        assert float((ours - plain).norm() / plain.norm()) < (1e-5 if precision == torch.float32 else 0.05)

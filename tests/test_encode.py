@@ -418,11 +418,13 @@ def test_the_contact_sheet_shows_the_images(folder, tmp_path):
 
 def test_colors_are_the_principal_components_between_black_and_white():
     ramp = torch.linspace(-1, 1, 64).view(1, 1, 8, 8)
-    latents = torch.cat([3 * ramp, ramp.flip(2), 0.1 * ramp.flip(3), torch.zeros_like(ramp)], dim=1)
+    latents = torch.cat([3 * ramp, ramp.flip(2), 0.1 * ramp.square(), torch.zeros_like(ramp)], dim=1)
     colors = as_colors(latents)
     assert colors.shape == (1, 3, 8, 8)
     assert {int(channel.min()) for channel in colors[0]} == {0}
     assert {int(channel.max()) for channel in colors[0]} == {255}
+    latents[:, 2] = 0  # two components are left
+    assert [int(channel.unique().numel() == 1) for channel in as_colors(latents)[0]] == [0, 0, 1]
     grey = as_colors(ramp)
     assert torch.equal(grey[0, 0], grey[0, 2])
     assert grey[0, 0, 0, 0] == 0

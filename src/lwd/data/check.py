@@ -136,13 +136,17 @@ def contact_sheet(
 
 def as_colors(latents: Tensor) -> Tensor:
     """Latents [N, C, h, w] as uint8 [N, 3, h, w]: their first three principal components over these images, each
-    stretched between its 1st and 99th percentile. Fewer channels than three are shown as grey."""
+    stretched between its 1st and 99th percentile; 128 where it does not vary. Fewer channels than three are shown as
+    grey."""
     channels = min(3, latents.shape[1])
     if channels == 3:
         latents = PCAFit(latents.shape[1]).update(latents).components(3).transform(latents)
     flat = latents[:, :channels].transpose(0, 1).flatten(1)
     low, high = flat.quantile(0.01, dim=1), flat.quantile(0.99, dim=1)
-    scaled = (latents[:, :channels] - low[:, None, None]) / (high - low).clamp(min=1e-12)[:, None, None]
+    span = high - low
+    constant = span <= 1e-4 * span.max()  # or rounding errors would be stretched to a pattern
+    scaled = (latents[:, :channels] - low[:, None, None]) / span[:, None, None]
+    scaled = scaled.where(~constant[:, None, None], 0.5)
     scaled = scaled if channels == 3 else scaled[:, :1].expand(-1, 3, -1, -1)
     return (255 * scaled.clamp(0, 1)).round().to(torch.uint8)
 

@@ -184,7 +184,7 @@ def quality(evidence: Evidence) -> Any:
             plot.set_xticks(ticks, [str(tick) for tick in ticks])
             plot.minorticks_off()
             plot.set_title(f"{name}, {title}", loc="left", color=INK)
-        line[0].legend(frameon=False, fontsize=10)
+        line[1].legend(frameon=False, fontsize=10, loc="upper right")
     return figure
 
 
